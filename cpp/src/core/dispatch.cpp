@@ -1,0 +1,85 @@
+#include "halfbyte/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace halfbyte {
+namespace {
+
+struct Level {
+  const KernelTable* table;
+  bool (*supported)();
+};
+
+// Slowest first. Each test names every extension its object library was compiled with.
+const Level kLevels[] = {
+    {&kScalarTable, [] { return true; }},
+#if defined(__x86_64__)
+    {&kAvx2Table,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {&kAvxVnniTable,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+              __builtin_cpu_supports("avxvnni");
+     }},
+    {&kAvx512VnniTable,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+#endif
+};
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text.append(text.empty() ? "" : ", ").append(name);
+  return text;
+}
+
+const KernelTable* find(const std::string& name) {
+  for (const Level& level : kLevels) {
+    if (name == level.table->name && level.supported()) return level.table;
+  }
+  throw std::invalid_argument("CPU capability '" + name + "' is not available here; use one of: " +
+                              joined(supported_levels()));
+}
+
+const KernelTable* initial() {
+  const char* forced = std::getenv("HALFBYTE_CPU_CAPABILITY");
+  if (forced != nullptr && *forced != '\0') return find(forced);
+  const KernelTable* best = &kScalarTable;
+  for (const Level& level : kLevels) {
+    if (level.supported()) best = level.table;
+  }
+  return best;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{initial()};
+  return table;
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) names.emplace_back(level.table->name);
+  return names;
+}
+
+std::vector<std::string> supported_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) {
+    if (level.supported()) names.emplace_back(level.table->name);
+  }
+  return names;
+}
+
+const KernelTable& kernels() { return *active().load(std::memory_order_acquire); }
+std::string active_level() { return kernels().name; }
+void set_active_level(const std::string& name) { active().store(find(name), std::memory_order_release); }
+
+}  // namespace halfbyte

@@ -1,0 +1,10 @@
+// The scalar level: its SIMD primitives, then every kernel compiled on top of them. Exports one table and nothing else.
+#include "halfbyte/dispatch.h"
+#include "simd_scalar.h"
+// The kernels below are written in terms of the primitives above, in an anonymous namespace.
+#include "elementwise.inl.h"
+#include "matmul.inl.h"
+
+namespace halfbyte {
+const KernelTable kScalarTable = {"scalar", elementwise_kernels(), matmul_kernels()};
+}  // namespace halfbyte

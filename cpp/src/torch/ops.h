@@ -1,0 +1,45 @@
+// The operators behind torch.ops.halfbyte.*: unwrap tensors, check, allocate, call a kernel in parallel, wrap.
+// schemas.cpp registers them; docstrings and user-facing argument checks live in python/halfbyte/ops/.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace halfbyte::ops {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+
+// elementwise_ops.cpp
+Tensor fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
+                     OptionalInt group_size);
+std::tuple<Tensor, Tensor> fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
+                                               OptionalInt axis, OptionalInt group_size);
+Tensor fake_quantize_backward(Tensor grad, Tensor mask, int64_t mask_run);
+Tensor quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
+                OptionalInt group_size);
+Tensor dequantize(Tensor q, Tensor scale, Tensor zero_point, OptionalInt axis, OptionalInt group_size,
+                  torch::headeronly::ScalarType dtype);
+std::tuple<Tensor, Tensor> observe_minmax(Tensor x, OptionalInt axis, OptionalInt group_size);
+
+// packing_ops.cpp
+Tensor pack(Tensor codes, int64_t bits);
+Tensor unpack(Tensor packed, int64_t bits, int64_t length, bool is_signed);
+Tensor pack_tiles(Tensor codes, int64_t bits, int64_t group_size);
+Tensor unpack_tiles(Tensor packed, int64_t bits, int64_t out_features, int64_t in_features, int64_t group_size,
+                    bool is_signed);
+
+// linear_ops.cpp
+Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias,
+                          int64_t bits, int64_t out_features, int64_t group_size);
+Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
+                   int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point);
+// embedding_ops.cpp: `tiled` says which layout qweight is in (a table shared with the output head is tiled).
+Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, OptionalTensor zero_point, int64_t bits,
+                             int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,
+                             torch::headeronly::ScalarType dtype);
+
+}  // namespace halfbyte::ops

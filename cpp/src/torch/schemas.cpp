@@ -1,0 +1,47 @@
+// Every operator's schema, in one library block. The only other place an operator is described is its Python wrapper.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+using namespace halfbyte::ops;
+
+STABLE_TORCH_LIBRARY(halfbyte, m) {
+  m.def("fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
+  m.def(
+      "fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) "
+      "-> (Tensor, Tensor)");
+  m.def("fake_quantize_backward(Tensor grad, Tensor mask, int mask_run) -> Tensor");
+  m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
+  m.def("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor");
+  m.def("observe_minmax(Tensor x, int? axis, int? group_size) -> (Tensor, Tensor)");
+  m.def("pack(Tensor codes, int bits) -> Tensor");
+  m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
+  m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
+  m.def(
+      "unpack_tiles(Tensor packed, int bits, int out_features, int in_features, int group_size, bool signed) -> Tensor");
+  m.def(
+      "linear_weight_only(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
+      "int out_features, int group_size) -> Tensor");
+  m.def(
+      "linear_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
+      "int out_features, int group_size, Tensor? act_scale, Tensor? act_zero_point) -> Tensor");
+  m.def(
+      "embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Tensor? zero_point, int bits, "
+      "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
+  m.impl("fake_quantize_train", TORCH_BOX(&fake_quantize_train));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
+  m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
+  m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("embedding_weight_only", TORCH_BOX(&embedding_weight_only));
+}
