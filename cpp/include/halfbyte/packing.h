@@ -52,7 +52,8 @@ struct TileShape {
   int64_t panel_bytes() const { return groups() * group_bytes(); }
 };
 
-// codes are u (offset already added), one byte each, row-major.
+// codes are u (offset already added, below 2^bits), one byte each, row-major. `codes` and `packed` point at the whole
+// weight; the calls with a range touch only its panels, so that panels can be split over threads.
 void pack_rows(const uint8_t* codes, int64_t rows, int64_t length, int bits, uint8_t* packed);
 void unpack_rows(const uint8_t* packed, int64_t rows, int64_t length, int bits, uint8_t* codes);
 void pack_tiles(const uint8_t* codes, const TileShape& shape, int64_t panel_begin, int64_t panel_end, uint8_t* packed);
