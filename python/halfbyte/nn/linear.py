@@ -1,0 +1,101 @@
+"""Linear layers with quantized weights: integer or 16-bit floating point."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte import ops
+from halfbyte.formats import FloatFormat
+from halfbyte.nn.packed_weight import PackedWeight
+from halfbyte.nn.quantized_module import QuantizedModule
+from halfbyte.schemes import Scheme
+
+
+class QuantizedLinear(QuantizedModule):
+    """`y = x Wᵀ + b` with W in 1 to 8 bits and x in floating point or, per token, in INT8.
+
+    Args:
+        scheme: Weight and activation formats.
+        weight: Packed weight of shape `(out_features, in_features)` in the tiles layout.
+        bias: `[out_features]`, floating point, or None. Kept as the parameter it is.
+        dtype: dtype that `weight` reads as; outputs have the dtype of the input.
+
+    Shapes:
+        input `[..., in_features]`, output `[..., out_features]`; float32, bfloat16 or float16.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> _ = hb.quantize_(model, hb.int8_dynamic(), progress=False)
+        >>> model[0](torch.randn(2, 64)).shape
+        torch.Size([2, 32])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, scheme: Scheme, weight: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(scheme, weight, dtype)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        if self.scheme.activation is None:
+            return ops.linear_weight_only(
+                x,
+                self.qweight,
+                self.scale,
+                self.zero_point,
+                self.bias,
+                bits=self.weight_format.bits,
+                out_features=self.out_features,
+                group_size=self.group_size,
+            )
+        return ops.linear_int8(
+            x,
+            self.qweight,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            bits=self.weight_format.bits,
+            out_features=self.out_features,
+            group_size=self.group_size,
+        )
+
+    def extra_repr(self) -> str:
+        """Features and formats, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.scheme}"
+
+
+class HalfLinear(nn.Module):
+    """`nn.Linear` whose weights and products are bfloat16 or float16; inputs and outputs keep their dtype.
+
+    Args:
+        scheme: `hb.bf16()` or `hb.fp16()`.
+        weight: `[out_features, in_features]` in the scheme's dtype.
+        bias: `[out_features]` or None; added in the scheme's dtype.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, scheme: Scheme, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        if not isinstance(scheme.weight, FloatFormat):
+            raise TypeError(f"HalfLinear needs 16-bit floats, not {scheme.weight}")
+        self.scheme = scheme
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        dtype = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.weight, bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Features and format, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.scheme}"

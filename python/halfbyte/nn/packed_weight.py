@@ -1,0 +1,136 @@
+"""A quantized weight matrix: codes packed in one of the two documented layouts, scales, and zero points.
+
+`tiles` holds `[O, I]` weights of matrix products, with `scale` and `zero_point` transposed to `[G, O]`; `rows` holds
+tables whose rows are gathered, with `[O, G]`. `cpp/include/halfbyte/packing.h` defines both to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte import ops
+from halfbyte.formats import IntFormat
+
+Layout = Literal["tiles", "rows"]
+PANEL = 16  # outputs in one panel of the tiles layout
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCodes:
+    """What rounding gives for some rows of a weight.
+
+    Attributes:
+        codes: `[O, I]`, int8 for symmetric formats, uint8 for asymmetric ones and for binary (0 is -scale, 1 is +scale).
+        scale: `[O, G]` in the format's `scale_dtype`.
+        zero_point: `[O, G]` uint8, or None for symmetric formats.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def dequantize(self, group_size: int) -> Tensor:
+        """`[O, I]` float32."""
+        if self.zero_point is None and self.codes.dtype == torch.uint8:  # binary
+            signs = self.codes.to(torch.int8).mul_(2).sub_(1)
+            return ops.dequantize(signs, self.scale.float(), _zeros(self.scale), group_size=group_size)
+        zero = _zeros(self.scale) if self.zero_point is None else self.zero_point.to(torch.int32)
+        return ops.dequantize(self.codes, self.scale.float(), zero, group_size=group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight as a quantized module holds it.
+
+    Attributes:
+        qweight: Packed codes, uint8.
+        scale: `[G, O]` for tiles, `[O, G]` for rows.
+        zero_point: uint8 of `scale`'s shape, or None.
+        layout: Which of the two layouts.
+        shape: `(O, I)`.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    layout: Layout
+    shape: tuple[int, int]
+
+    @staticmethod
+    def pack(parts: list[WeightCodes], weight_format: IntFormat, layout: Layout) -> PackedWeight:
+        """Packs consecutive rows of one weight; every part but the last has a multiple of 16 rows."""
+        in_features = parts[0].codes.shape[1]
+        group_size = weight_format.group_size(in_features)
+        packed = [ops.pack(p.codes, weight_format.bits, layout=layout, group_size=group_size) for p in parts]
+        scale = torch.cat([p.scale for p in parts])
+        zeros = [p.zero_point for p in parts if p.zero_point is not None]
+        zero_point = torch.cat(zeros) if zeros else None
+        if layout == "tiles":
+            scale = scale.t().contiguous()
+            zero_point = None if zero_point is None else zero_point.t().contiguous()
+        rows = sum(p.codes.shape[0] for p in parts)
+        return PackedWeight(torch.cat(packed), scale, zero_point, layout, (rows, in_features))
+
+    def codes(self, weight_format: IntFormat) -> WeightCodes:
+        """The integers and qparams, unpacked."""
+        group_size = weight_format.group_size(self.shape[1])
+        codes = ops.unpack(
+            self.qweight,
+            weight_format.bits,
+            shape=self.shape,
+            layout=self.layout,
+            group_size=group_size,
+            signed=weight_format.signed and not weight_format.binary,
+        )
+        if self.layout == "rows":
+            return WeightCodes(codes, self.scale, self.zero_point)
+        zero_point = None if self.zero_point is None else self.zero_point.t().contiguous()
+        return WeightCodes(codes, self.scale.t().contiguous(), zero_point)
+
+    def dequantize(self, weight_format: IntFormat) -> Tensor:
+        """`[O, I]` float32: exactly the numbers that the kernels multiply with."""
+        return self.codes(weight_format).dequantize(weight_format.group_size(self.shape[1]))
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by buffer name."""
+        return {"qweight": self.qweight, "scale": self.scale, "zero_point": self.zero_point}
+
+
+def packed_shapes(
+    weight_format: IntFormat, layout: Layout, shape: tuple[int, int]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a packed weight of `shape` `(O, I)`: what a file must hold."""
+    out_features, in_features = shape
+    bits, group_size = weight_format.bits, weight_format.group_size(in_features)
+    groups = in_features // group_size if in_features else 0
+    planes = [p for p in (8, 4, 2, 1) if bits & p]
+    if layout == "tiles":
+        unit = {8: 4, 4: 8, 2: 16}.get(bits, 32)  # inputs in one unit, packing.h
+        padded_in = groups * (-(-group_size // unit) * unit)
+        q_shape = (-(-out_features // PANEL), PANEL * padded_in * bits // 8)
+        s_shape = (groups, out_features)
+    else:
+        q_shape = (out_features, sum(-(-in_features * p // 8) for p in planes))
+        s_shape = (out_features, groups)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": (q_shape, torch.uint8),
+        "scale": (s_shape, weight_format.scale_dtype),
+    }
+    if not weight_format.symmetric:
+        shapes["zero_point"] = (s_shape, torch.uint8)
+    return shapes
+
+
+def packed_bytes(weight_format: IntFormat, layout: Layout, shape: tuple[int, int]) -> int:
+    """Bytes of codes, scales and zero points, padding included."""
+    return sum(
+        torch.Size(s).numel() * dtype.itemsize for s, dtype in packed_shapes(weight_format, layout, shape).values()
+    )
+
+
+def _zeros(scale: Tensor) -> Tensor:
+    return torch.zeros(scale.shape, dtype=torch.int32)

@@ -1,0 +1,149 @@
+"""Schemes: what one module gets. Small functions give the ones people use; `Scheme` makes any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerToken, format_from_dict
+
+_INT8_PER_TOKEN = IntFormat(bits=8, symmetric=True, granularity=PerToken(), narrow_range=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """A weight format and, for integer products, an activation format.
+
+    Args:
+        weight: Format of the weights.
+        activation: Format of the inputs, found per token at run time; None keeps them in floating point.
+
+    Raises:
+        ValueError: a combination that no kernel computes.
+    """
+
+    weight: Format
+    activation: IntFormat | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, IntFormat):
+            granularity = self.weight.granularity
+            if not (isinstance(granularity, PerGroup) or granularity == PerAxis(0)):
+                raise ValueError(f"weights cannot be quantized {granularity}; use PerAxis(0) or PerGroup(group_size)")
+        elif self.activation is not None:
+            raise ValueError(f"integer activations need integer weights, not {self.weight}")
+        if self.activation is not None and self.activation != _INT8_PER_TOKEN:
+            raise ValueError(f"activations in {self.activation} have no kernel; use 8 bits, symmetric, per token")
+
+    def __str__(self) -> str:
+        suffix = "" if isinstance(self.weight, FloatFormat) else ", float activations"
+        return f"{self.weight}{suffix if self.activation is None else ', int8 activations'}"
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description; `Scheme.from_dict` reads it back."""
+        activation = None if self.activation is None else self.activation.to_dict()
+        return {"weight": self.weight.to_dict(), "activation": activation}
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, object]) -> Scheme:
+        """The scheme that `to_dict` described.
+
+        Raises:
+            ValueError: unknown or missing keys, or formats that this version does not know.
+        """
+        if set(fields) != {"weight", "activation"}:
+            raise ValueError(f"scheme has keys {sorted(fields)}, expected ['activation', 'weight']")
+        weight, activation = fields["weight"], fields["activation"]
+        if not isinstance(weight, Mapping) or not (activation is None or isinstance(activation, Mapping)):
+            raise ValueError(f"not a scheme: {dict(fields)}")
+        activation_format = None if activation is None else format_from_dict(activation)
+        if isinstance(activation_format, FloatFormat):
+            raise ValueError(f"activations cannot be {activation_format}")
+        return Scheme(weight=format_from_dict(weight), activation=activation_format)
+
+
+def int8_dynamic() -> Scheme:
+    """INT8 weights per output channel, INT8 activations per token: integer products, scales found at run time.
+
+    Example:
+        >>> str(int8_dynamic())
+        'int8 per channel, int8 activations'
+    """
+    return Scheme(weight=_int8_weight(PerAxis(0)), activation=_INT8_PER_TOKEN)
+
+
+def int8_weight_only() -> Scheme:
+    """INT8 weights per output channel; activations stay in floating point."""
+    return Scheme(weight=_int8_weight(PerAxis(0)))
+
+
+def int4_weight_only(group_size: int = 128, symmetric: bool = False) -> Scheme:
+    """4-bit weights in groups of `group_size` inputs; activations stay in floating point.
+
+    Args:
+        group_size: Inputs that share a scale (float16) and, unless symmetric, a zero point (8 bits).
+        symmetric: No zero point.
+    """
+    return Scheme(weight=_low_bit_weight(4, group_size, symmetric))
+
+
+def int_weight_only(bits: int, group_size: int | None = None, symmetric: bool | None = None) -> Scheme:
+    """Weights of 1 to 8 bits; activations stay in floating point.
+
+    Args:
+        bits: 1 to 8. One bit is binary: ±scale.
+        group_size: Inputs that share a scale; None for one scale per output channel.
+        symmetric: No zero points; None takes symmetric at 8 bits and 1 bit, asymmetric between.
+
+    Example:
+        >>> str(int_weight_only(3, group_size=32))
+        'int3 group 32 asymmetric, float activations'
+    """
+    if symmetric is None:
+        symmetric = bits in (1, 8)
+    return Scheme(weight=_low_bit_weight(bits, group_size, symmetric))
+
+
+def ternary_weight_only(group_size: int | None = None) -> Scheme:
+    """Weights in {-scale, 0, +scale}, stored in 2 bits; needs training to be useful below a few billion parameters."""
+    granularity, scale_dtype = _granularity(group_size)
+    return Scheme(
+        weight=IntFormat(bits=2, symmetric=True, granularity=granularity, narrow_range=True, scale_dtype=scale_dtype)
+    )
+
+
+def int4_int8_dynamic(group_size: int = 128, symmetric: bool = False) -> Scheme:
+    """W4A8: 4-bit weights in groups, INT8 activations per token, integer products."""
+    return Scheme(weight=_low_bit_weight(4, group_size, symmetric), activation=_INT8_PER_TOKEN)
+
+
+def bf16() -> Scheme:
+    """bfloat16 weights and products: half the bytes, no calibration, the range of float32."""
+    return Scheme(weight=FloatFormat(dtype=torch.bfloat16))
+
+
+def fp16() -> Scheme:
+    """float16 weights and products: half the bytes, more precision than bfloat16, overflow past 65,504."""
+    return Scheme(weight=FloatFormat(dtype=torch.float16))
+
+
+def _int8_weight(granularity: Granularity) -> IntFormat:
+    return IntFormat(bits=8, symmetric=True, granularity=granularity, narrow_range=True)
+
+
+def _granularity(group_size: int | None) -> tuple[Granularity, torch.dtype]:
+    # A float16 scale a group costs 16/group_size bits a weight, half of float32's; per channel the scales are few.
+    return (PerAxis(0), torch.float32) if group_size is None else (PerGroup(group_size), torch.float16)
+
+
+def _low_bit_weight(bits: int, group_size: int | None, symmetric: bool) -> IntFormat:
+    granularity, scale_dtype = _granularity(group_size)
+    return IntFormat(
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity,
+        narrow_range=symmetric and bits == 8,
+        scale_dtype=scale_dtype,
+    )
