@@ -1,7 +1,7 @@
 """Two small Llama language models with real text: float baselines, evaluation rows, and distances between models.
 
 ``novels5M`` has 5.0 M parameters (hidden 256, every matrix divisible by 256), ``stories260K`` 0.26 M (hidden 64,
-feed-forward 172). Each evaluation text is cut into *rows* of tokens, and every row is scored on its own from its first token:
+feed-forward 172). Each evaluation text is cut into *rows* of tokens, and every row is scored on its own:
 
 - novels5M: the text is encoded whole and cut into rows of 256 tokens.
 - stories260K: one row a story, BOS + tokens, at most 256, no EOS.

@@ -1,0 +1,91 @@
+"""Machine description, timing and markdown tables for the benchmarks with real models."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import halfbyte as hb
+import torch
+import transformers
+
+__all__ = ["alternate", "environment", "markdown", "merge_json"]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def environment() -> dict[str, str | int]:
+    """What a figure depends on: CPU, ISA level in use, threads, versions, commit and the command itself."""
+    return {
+        "cpu": _cpu_name(),
+        "capability": str(hb.cpu_capability()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "halfbyte": hb.__version__,
+        "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def alternate(functions: Sequence[Callable[[], object]], *, repeats: int) -> list[float]:
+    """Median seconds of each function, called in turn `repeats` times after one warm-up.
+
+    Taking turns exposes all of them to the same neighbours and clock changes.
+    """
+    for function in functions:
+        function()
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            seconds[index].append(time.perf_counter() - start)
+    return [statistics.median(samples) for samples in seconds]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table with aligned columns; the first column is text, the others are right-aligned."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = (
+        "|"
+        + "|".join("-" * (width + 2) if not column else "-" * (width + 1) + ":" for column, width in enumerate(widths))
+        + "|"
+    )
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def merge_json(path: Path, section: str, rows: Mapping[str, Mapping[str, object]]) -> None:
+    """Writes `rows` (by scheme) into `section` of a JSON file, keeping what other runs put beside it."""
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    part = document.setdefault(section, {"rows": {}})
+    part["environment"] = environment()
+    for name, row in rows.items():
+        part["rows"].setdefault(name, {}).update(row)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
