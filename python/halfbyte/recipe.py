@@ -101,6 +101,8 @@ def _show(pattern: Pattern) -> str:
 def _suggestion(pattern: Pattern, modules: Mapping[str, nn.Module]) -> str:
     if isinstance(pattern, str):
         near = difflib.get_close_matches(pattern.removeprefix("re:"), [n for n in modules if n], n=3, cutoff=0.3)
-        return f"the nearest names are {', '.join(near)}" if near else f"names look like {', '.join(list(modules)[1:4])}"
+        return (
+            f"the nearest names are {', '.join(near)}" if near else f"names look like {', '.join(list(modules)[1:4])}"
+        )
     types = sorted({type(module).__name__ for module in modules.values()})
     return f"the model has modules of type {', '.join(types)}"

@@ -64,7 +64,9 @@ class HalfEmbedding(nn.Module):
         padding_idx: As in `nn.Embedding`.
     """
 
-    def __init__(self, scheme: Scheme, weight: nn.Parameter, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, scheme: Scheme, weight: nn.Parameter, dtype: torch.dtype, padding_idx: int | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(scheme.weight, FloatFormat):
             raise TypeError(f"HalfEmbedding needs 16-bit floats, not {scheme.weight}")

@@ -81,7 +81,9 @@ class QuantizedModule(nn.Module):
         return self
 
 
-def expected_tensors(scheme: Scheme, layout: Layout, shape: tuple[int, int]) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+def expected_tensors(
+    scheme: Scheme, layout: Layout, shape: tuple[int, int]
+) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the buffers of a quantized module."""
     assert isinstance(scheme.weight, IntFormat)
     return packed_shapes(scheme.weight, layout, shape)

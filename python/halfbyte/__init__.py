@@ -1,0 +1,77 @@
+"""halfbyte: low-bit quantization for PyTorch with a C++ core.
+
+    import halfbyte as hb
+    report = hb.quantize_(model, hb.int8_dynamic())
+
+`hb.plan` says what would happen, `hb.save` and `hb.load_` keep the result, `hb.verify` proves that its integers are right.
+"""
+
+from halfbyte import algorithms, functional, nn, ops
+from halfbyte._extension import (
+    __version__,
+    available_capabilities,
+    cpu_capability,
+)
+from halfbyte.algorithms import MSE, RTN
+from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError
+from halfbyte.fallback import Fallback
+from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
+from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.recipe import Recipe
+from halfbyte.report import ModuleReport, Report
+from halfbyte.schemes import (
+    Scheme,
+    bf16,
+    fp16,
+    int4_int8_dynamic,
+    int4_weight_only,
+    int8_dynamic,
+    int8_weight_only,
+    int_weight_only,
+    ternary_weight_only,
+)
+from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
+
+__all__ = [
+    "MSE",
+    "RTN",
+    "Fallback",
+    "FallbackError",
+    "FallbackWarning",
+    "FileFormatError",
+    "FloatFormat",
+    "Format",
+    "Granularity",
+    "IntFormat",
+    "ModuleReport",
+    "PerAxis",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Plan",
+    "PlanRow",
+    "QuantizationError",
+    "Recipe",
+    "Report",
+    "Scheme",
+    "__version__",
+    "algorithms",
+    "available_capabilities",
+    "bf16",
+    "calibrate",
+    "convert_",
+    "cpu_capability",
+    "fp16",
+    "functional",
+    "int4_int8_dynamic",
+    "int4_weight_only",
+    "int8_dynamic",
+    "int8_weight_only",
+    "int_weight_only",
+    "nn",
+    "ops",
+    "plan",
+    "prepare_",
+    "quantize_",
+    "ternary_weight_only",
+]

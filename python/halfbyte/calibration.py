@@ -1,0 +1,131 @@
+"""Running calibration data through a model, and what is measured while it runs.
+
+`data` is any iterable of batches: a tensor (the one argument), a tuple or list (positional arguments), or a mapping (keyword
+arguments). `forward(model, batch)` runs batches of any other kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import QuantizationError
+from halfbyte.progress import track
+
+Data: TypeAlias = Iterable[object]
+Forward: TypeAlias = Callable[[nn.Module, object], object]
+
+
+def run_batch(model: nn.Module, batch: object) -> object:
+    """Calls the model with one batch.
+
+    Raises:
+        TypeError: the batch is none of the kinds above.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}; give a tensor, a tuple of positional arguments, a dict of keyword arguments, "
+        "or forward=lambda model, batch: ..."
+    )
+
+
+def check_data(data: object) -> Data:
+    """Raises unless `data` can be iterated over and is not a single batch by mistake."""
+    if isinstance(data, Tensor):
+        raise TypeError("data is one tensor; give an iterable of batches, such as [tensor] or tensor.split(8)")
+    if isinstance(data, Mapping):
+        raise TypeError("data is one mapping; give an iterable of batches, such as [mapping]")
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise TypeError(f"data is a {type(data).__name__}; give an iterable of batches")
+    if isinstance(data, Sized) and len(data) == 0:
+        raise QuantizationError("data has no batches; give at least one")
+    return data
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flags come back as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run_data(model: nn.Module, data: Data, *, forward: Forward | None = None, progress: bool = True) -> int:
+    """Runs all batches in evaluation mode without gradients.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        QuantizationError: there was no batch; most often a generator that was used before.
+    """
+    run = run_batch if forward is None else forward
+    total = len(data) if isinstance(data, Sized) else None
+    count = 0
+    with evaluating(model):
+        for batch in track(data, "calibrating", total=total, enabled=progress):
+            run(model, batch)
+            count += 1
+    if count == 0:
+        raise QuantizationError("data gave no batches; if it is a generator, it was used up before: make a new one")
+    return count
+
+
+class InputStatistics:
+    """Mean square of each input feature of a module, over all tokens seen; registered as a forward pre-hook.
+
+    Constant memory. Sums run in float64, so that millions of tokens do not drift.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._sum_of_squares: Tensor | None = None
+        self.tokens = 0
+        self.batches = 0
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """The hook: adds the first positional argument `[..., I]`."""
+        if args and isinstance(args[0], Tensor):
+            self.update(args[0])
+
+    def update(self, x: Tensor) -> None:
+        """Adds a batch `[..., I]`.
+
+        Raises:
+            QuantizationError: NaN or inf among the inputs; names the module and its batch.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        squares = rows.square().sum(dim=0, dtype=torch.float64)
+        if not torch.isfinite(squares).all():
+            raise QuantizationError(f"{self._name}: NaN or inf among its inputs, the {self.batches + 1}. time it ran")
+        self._sum_of_squares = squares if self._sum_of_squares is None else self._sum_of_squares + squares
+        self.tokens += rows.shape[0]
+        self.batches += 1
+
+    @property
+    def mean_square(self) -> Tensor:
+        """`[I]` float32.
+
+        Raises:
+            QuantizationError: the module never ran.
+        """
+        if self._sum_of_squares is None or self.tokens == 0:
+            raise QuantizationError(
+                f"{self._name} never ran on the data: give data that reaches it, or leave it out with "
+                f"hb.Recipe(..., overrides={{{self._name!r}: None}})"
+            )
+        return (self._sum_of_squares / self.tokens).float()

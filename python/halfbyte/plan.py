@@ -1,0 +1,389 @@
+"""Plans: a recipe resolved against one model, one row a module, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from halfbyte._extension import cpu_capability
+from halfbyte.errors import QuantizationError
+from halfbyte.fallback import Fallback
+from halfbyte.formats import FloatFormat, IntFormat, PerAxis, PerGroup
+from halfbyte.nn import QuantizedModule
+from halfbyte.nn.packed_weight import Layout, packed_bytes
+from halfbyte.recipe import Pattern, Recipe, as_recipe
+from halfbyte.schemes import Scheme
+from halfbyte.table import Table, format_bytes
+from halfbyte.targets import is_converted, is_target, weight_shape, why_float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """What one module gets.
+
+    Attributes:
+        name: Qualified name; `aliases` are the other names of the same module.
+        module_type: Class name.
+        scheme: Resolved scheme, or None where the module stays as it is.
+        reason: Why it stays in floating point, or why the scheme is not simply the recipe's; may be empty.
+        shape: `(O, I)` of the weight of a Linear or Embedding.
+        layout: Layout of the packed weight.
+        tied_to: Name of the module whose packed weight this one shares.
+        bytes_before: Parameters and buffers it owns, those shared with an earlier row not counted again.
+        bytes_after: The same after conversion, scales, zero points and padding included.
+        kernel: Operator, widths and ISA level that will run.
+        fallbacks: Where the scheme departs from what was asked.
+    """
+
+    name: str
+    module_type: str
+    scheme: Scheme | None
+    reason: str
+    shape: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+    kernel: str
+    layout: Layout = "tiles"
+    tied_to: str | None = None
+    aliases: tuple[str, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description."""
+        return {
+            "name": self.name,
+            "module_type": self.module_type,
+            "scheme": None if self.scheme is None else self.scheme.to_dict(),
+            "reason": self.reason,
+            "shape": None if self.shape is None else list(self.shape),
+            "tied_to": self.tied_to,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "kernel": self.kernel,
+            "fallbacks": [f.to_dict() for f in self.fallbacks],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `quantize_` will do to a model. Accepted wherever a recipe is; prints as a table."""
+
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def targets(self) -> Iterator[PlanRow]:
+        """Rows of the modules that will be converted."""
+        return (row for row in self.rows if row.scheme is not None)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters and buffers, each counted once."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors after conversion, as `save` writes them."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Every departure from what was asked."""
+        return tuple(f for row in self.rows for f in row.fallbacks)
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def _table(self) -> Table:
+        table = Table(["module", "type", "format", "before", "after", "kernel", "note"], right={3, 4})
+        for row in self.rows:
+            notes = [f"tied to {row.tied_to}"] if row.tied_to else []
+            notes += [row.reason] if row.reason else []
+            notes += [f.message for f in row.fallbacks]
+            table.add(
+                row.name or "(model)",
+                row.module_type,
+                "as is" if row.scheme is None else str(row.scheme),
+                format_bytes(row.bytes_before),
+                format_bytes(row.bytes_after),
+                row.kernel,
+                "; ".join(notes),
+            )
+        ratio = f"{self.bytes_before / self.bytes_after:.2f}x smaller" if self.bytes_after else ""
+        table.total("total", "", "", format_bytes(self.bytes_before), format_bytes(self.bytes_after), "", ratio)
+        return table
+
+    def __str__(self) -> str:
+        return self._table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
+
+
+def plan(model: nn.Module, recipe: Scheme | Recipe | Plan) -> Plan:
+    """Resolves a recipe against a model; nothing is changed and no weight is read.
+
+    Args:
+        model: Any module; it may be on the meta device.
+        recipe: A scheme, a recipe, or a plan made for this model (returned after a check).
+
+    Returns:
+        One row for every module that owns parameters or buffers: scheme, bytes before and after, kernel on this CPU, and why
+        anything stays in floating point.
+
+    Raises:
+        QuantizationError: a pattern that matches nothing, a model that is quantized already or has nothing to quantize, a
+            plan made for another model.
+        TypeError: `recipe` is none of the three.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+        >>> [str(row.scheme) for row in hb.plan(model, hb.int8_weight_only()).rows]
+        ['int8 per channel, float activations', 'None']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass an nn.Module")
+    if isinstance(recipe, Plan):
+        _check_plan_fits(model, recipe)
+        return recipe
+    recipe = as_recipe(recipe)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if is_converted(module):
+            raise QuantizationError(
+                f"{name or 'the model'} is quantized already; quantize the original model, with a recipe that names "
+                "every module that differs"
+            )
+    recipe.check_patterns(model)
+    resolved = _Resolver(model, modules, recipe).resolve()
+    if not any(row.scheme is not None for row in resolved.rows):
+        raise QuantizationError(_nothing_to_quantize(resolved))
+    return resolved
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Scheme of one target while ties and sizes are being settled."""
+
+    scheme: Scheme | None
+    override: Pattern | None
+    reason: str = ""
+    fallbacks: tuple[Fallback, ...] = ()
+    tied_to: str | None = None
+    layout: Layout = "tiles"
+
+
+class _Resolver:
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], recipe: Recipe) -> None:
+        self.modules = modules
+        self.recipe = recipe
+        self.aliases: dict[str, list[str]] = {name: [] for name in modules}
+        first_name = {id(module): name for name, module in modules.items()}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if first_name[id(module)] != name:
+                self.aliases[first_name[id(module)]].append(name)
+        self.owners: dict[int, list[str]] = {}  # id of a parameter -> names of the modules that own it
+        for name, module in modules.items():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(name)
+
+    def resolve(self) -> Plan:
+        choices = {name: self._choose(name) for name, module in self.modules.items() if is_target(module)}
+        for owners in self.owners.values():
+            tied = [name for name in owners if name in choices]
+            if len(owners) > 1 and tied and _is_weight_of_all(self.modules, owners):
+                self._settle_tie([choices[name] for name in tied], tied)
+            elif len(owners) > 1 and tied:
+                for name in tied:
+                    if choices[name].scheme is not None and self._weight_is_shared(name, owners):
+                        others = ", ".join(o for o in owners if o != name)
+                        choices[name] = _Choice(None, None, f"its weight is shared with {others}, which stays in float")
+        for name, choice in choices.items():
+            self._fit_group_size(name, choice)
+        return Plan(rows=tuple(self._rows(choices)))
+
+    def _weight_is_shared(self, name: str, owners: list[str]) -> bool:
+        weight = self.modules[name]._parameters.get("weight")
+        return weight is not None and self.owners[id(weight)] == owners
+
+    def _choose(self, name: str) -> _Choice:
+        module = self.modules[name]
+        reason = why_float(name, module, self.modules)
+        if reason is not None:
+            return _Choice(None, None, reason)
+        if name == "":
+            raise QuantizationError(
+                f"the model itself is a {type(module).__name__}, which cannot replace itself; wrap it: nn.Sequential(model)"
+            )
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point():
+            raise QuantizationError(f"{name}: weight has dtype {weight.dtype}; quantize floating-point weights")
+        scheme, override = self.recipe.resolve(name, module)
+        choice = _Choice(scheme, override)
+        if scheme is None:
+            choice.reason = "left as it is by the recipe"
+        elif isinstance(module, nn.Embedding):
+            choice.layout = "rows"
+            choice.scheme = _table_scheme(scheme) if override is None else Scheme(weight=scheme.weight)
+            if choice.scheme.weight != scheme.weight:
+                choice.reason = "tables keep 8 bits unless an override names them"
+        return choice
+
+    def _settle_tie(self, choices: list[_Choice], names: list[str]) -> None:
+        """Modules that share one weight get one format, unless overrides name different ones."""
+        if any(why_float(name, self.modules[name], self.modules) for name in names):
+            for choice in choices:
+                choice.scheme, choice.reason = None, choice.reason or f"its weight is shared with {names[0]}"
+            return
+        explicit = {c.scheme.weight if c.scheme else None for c in choices if c.override is not None}
+        if len(explicit) > 1:
+            first = next(i for i, c in enumerate(choices) if c.scheme is not None)
+            message = f"{' and '.join(names)} share one weight but got different formats: it is stored once for each"
+            choices[first].fallbacks += (Fallback(names[first], "tied_weights", message),)
+            return
+        table = any(isinstance(self.modules[name], nn.Embedding) for name in names)
+        for name, choice in zip(names, choices, strict=True):
+            scheme, _ = self.recipe.resolve(name, self.modules[name])
+            if explicit:
+                (weight_format,) = explicit
+                choice.scheme = _with_weight(scheme, weight_format)
+                if choice.override is None:
+                    choice.reason = "follows the override of the module it shares its weight with"
+            elif table and scheme is not None:
+                choice.scheme = _table_scheme(scheme)
+                if choice.scheme.weight != scheme.weight:
+                    choice.reason = "tables keep 8 bits unless an override names them"
+            if isinstance(self.modules[name], nn.Embedding) and choice.scheme is not None:
+                choice.scheme = Scheme(weight=choice.scheme.weight)
+        linear = [name for name in names if isinstance(self.modules[name], nn.Linear)]
+        home = (linear or names)[0]
+        for name, choice in zip(names, choices, strict=True):
+            choice.layout = "tiles" if linear else "rows"
+            choice.tied_to = home if name != home and choice.scheme is not None else None
+
+    def _fit_group_size(self, name: str, choice: _Choice) -> None:
+        if choice.scheme is None or not isinstance(choice.scheme.weight, IntFormat):
+            return
+        weight_format = choice.scheme.weight
+        if not isinstance(weight_format.granularity, PerGroup):
+            return
+        _, in_features = weight_shape(self.modules[name])
+        asked = weight_format.granularity.group_size
+        if in_features % asked == 0:
+            return
+        fitting = max(size for size in range(1, min(asked, in_features) + 1) if in_features % size == 0)
+        choice.scheme = replace(choice.scheme, weight=weight_format.with_granularity(PerGroup(fitting)))
+        message = f"group_size={asked} does not divide in_features={in_features}: group_size={fitting} is used"
+        choice.fallbacks += (Fallback(name, "group_size", message),)
+
+    def _rows(self, choices: dict[str, _Choice]) -> Iterator[PlanRow]:
+        seen: set[int] = set()
+        for name, module in self.modules.items():
+            tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            if not tensors:
+                continue
+            weight = module._parameters.get("weight")
+            weight_is_new = weight is not None and id(weight) not in seen
+            before = _bytes_not_seen(tensors, seen)
+            choice = choices.get(name) or _Choice(None, None, why_float(name, module, self.modules) or "")
+            after, shape, kernel = before, None, "torch"
+            if name in choices:
+                shape = weight_shape(module)
+            if choice.scheme is not None and shape is not None and weight is not None:
+                after -= weight.nbytes if weight_is_new else 0
+                after += 0 if choice.tied_to else _weight_bytes(choice.scheme, choice.layout, shape)
+                kernel = kernel_name(module, choice.scheme)
+            yield PlanRow(
+                name=name,
+                aliases=tuple(self.aliases[name]),
+                module_type=type(module).__name__,
+                scheme=choice.scheme,
+                reason=choice.reason,
+                shape=shape,
+                bytes_before=before,
+                bytes_after=after,
+                kernel=kernel,
+                layout=choice.layout,
+                tied_to=choice.tied_to,
+                fallbacks=choice.fallbacks,
+            )
+
+
+def kernel_name(module: nn.Module, scheme: Scheme) -> str:
+    """Operator, operand widths and ISA level, such as `matmul u4 s8 (avx512vnni)`; u codes, s activations."""
+    if isinstance(scheme.weight, FloatFormat):
+        return f"torch {scheme.weight}"
+    embedding = isinstance(module, nn.Embedding) or (
+        isinstance(module, QuantizedModule) and hasattr(module, "num_embeddings")
+    )
+    if embedding:
+        return f"gather u{scheme.weight.bits}"
+    activation = "f32" if scheme.activation is None else f"s{scheme.activation.bits}"
+    return f"matmul u{scheme.weight.bits} {activation} ({cpu_capability()})"
+
+
+def _table_scheme(scheme: Scheme) -> Scheme:
+    """The scheme of an embedding, and of an output head tied to one, under a default scheme: at least 8 bits a weight.
+
+    A row of a table is read alone: its error reaches the model undiluted, and for the bytes of a language model's body the
+    table's extra bits are cheap. llama.cpp and the GPTQ tools keep it wider for the same reason.
+    """
+    if isinstance(scheme.weight, IntFormat) and scheme.weight.bits < 8:
+        return replace(scheme, weight=IntFormat(bits=8, granularity=PerAxis(0), narrow_range=True))
+    return scheme
+
+
+def _with_weight(scheme: Scheme | None, weight_format: IntFormat | FloatFormat | None) -> Scheme | None:
+    if weight_format is None:
+        return None
+    activation = None if scheme is None or isinstance(weight_format, FloatFormat) else scheme.activation
+    return Scheme(weight=weight_format, activation=activation)
+
+
+def _is_weight_of_all(modules: dict[str, nn.Module], owners: list[str]) -> bool:
+    weights = {id(modules[name]._parameters.get("weight")) for name in owners}
+    return len(weights) == 1 and all(is_target(modules[name]) for name in owners)
+
+
+def _weight_bytes(scheme: Scheme, layout: Layout, shape: tuple[int, int]) -> int:
+    if isinstance(scheme.weight, FloatFormat):
+        return shape[0] * shape[1] * scheme.weight.dtype.itemsize
+    return packed_bytes(scheme.weight, layout, shape)
+
+
+def _bytes_not_seen(tensors: list[torch.Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            total += tensor.nbytes
+    return total
+
+
+def _check_plan_fits(model: nn.Module, made: Plan) -> None:
+    modules = dict(model.named_modules())
+    for row in made.targets:
+        module = modules.get(row.name)
+        if module is None or not is_target(module):
+            raise QuantizationError(f"the plan names {row.name}, which this model does not have; make a plan for it")
+        if weight_shape(module) != row.shape:
+            raise QuantizationError(
+                f"the plan was made for another model: {row.name} has weight shape {weight_shape(module)}, not {row.shape}"
+            )
+
+
+def _nothing_to_quantize(resolved: Plan) -> str:
+    if not resolved.rows:
+        return "the model has no parameters: nothing to quantize"
+    reasons = {f"{row.name or row.module_type}: {row.reason}" for row in resolved.rows if row.reason}
+    listed = "; ".join(sorted(reasons)[:5])
+    return f"nothing to quantize: no nn.Linear or nn.Embedding gets a scheme ({listed})"

@@ -1,0 +1,124 @@
+"""Reports: what happened to each module, in numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from halfbyte.fallback import Fallback
+from halfbyte.plan import Plan, PlanRow
+from halfbyte.table import Table, format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleReport:
+    """One module.
+
+    Attributes:
+        plan: Its row of the plan: scheme, bytes, kernel, reason.
+        rounding: Name of the algorithm that chose its integers; empty where it stays in floating point.
+        relative_error: `‖W - Ŵ‖ / ‖W‖` of its weight, Frobenius norms; None where it stays in floating point.
+        seconds: Time its weight took.
+        fallbacks: Departures from what was asked, those found in the plan and those found at work.
+    """
+
+    plan: PlanRow
+    rounding: str = ""
+    relative_error: float | None = None
+    seconds: float = 0.0
+    fallbacks: tuple[Fallback, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Qualified name."""
+        return self.plan.name
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise of the weight in dB: `-20 log10(relative_error)`; inf if nothing was lost."""
+        if self.relative_error is None:
+            return None
+        return math.inf if self.relative_error == 0 else -20 * math.log10(self.relative_error)
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description."""
+        return {
+            **self.plan.to_dict(),
+            "rounding": self.rounding,
+            "relative_error": self.relative_error,
+            "sqnr_db": self.sqnr_db,
+            "seconds": self.seconds,
+            "fallbacks": [f.to_dict() for f in self.fallbacks],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `quantize_` and `convert_` return; prints as a table, shows as one in a notebook.
+
+    Attributes:
+        modules: One entry for every module that owns parameters or buffers.
+        bytes_before: All parameters and buffers before, each counted once.
+        bytes_after: The same after: what `save` writes, less its header.
+        seconds: Wall time of the whole call.
+        calibration_batches: Batches of data that were run.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    calibration_batches: int = 0
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Every departure from what was asked."""
+        return tuple(f for module in self.modules for f in module.fallbacks)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was carried out."""
+        return Plan(rows=tuple(module.plan for module in self.modules))
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "seconds": self.seconds,
+            "calibration_batches": self.calibration_batches,
+            "modules": [module.to_dict() for module in self.modules],
+            "fallbacks": [f.to_dict() for f in self.fallbacks],
+        }
+
+    def _table(self) -> Table:
+        header = ["module", "type", "format", "rounding", "before", "after", "rel. error", "SQNR dB", "note"]
+        table = Table(header, right={4, 5, 6, 7})
+        for module in self.modules:
+            row = module.plan
+            notes = [f"tied to {row.tied_to}"] if row.tied_to else []
+            notes += [row.reason] if row.reason else []
+            notes += [f.message for f in module.fallbacks]
+            error = "" if module.relative_error is None else f"{module.relative_error:.2e}"
+            sqnr = "" if module.sqnr_db is None else f"{module.sqnr_db:.1f}"
+            table.add(
+                row.name or "(model)",
+                row.module_type,
+                "as is" if row.scheme is None else str(row.scheme),
+                module.rounding,
+                format_bytes(row.bytes_before),
+                format_bytes(row.bytes_after),
+                error,
+                sqnr,
+                "; ".join(notes),
+            )
+        ratio = f"{self.bytes_before / self.bytes_after:.2f}x smaller, " if self.bytes_after else ""
+        after = format_bytes(self.bytes_after)
+        table.total("total", "", "", "", format_bytes(self.bytes_before), after, "", "", f"{ratio}{self.seconds:.2f} s")
+        return table
+
+    def __str__(self) -> str:
+        return self._table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()

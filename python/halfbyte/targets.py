@@ -1,0 +1,76 @@
+"""Which modules can be quantized, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedModule
+
+TARGET_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def is_target(module: nn.Module) -> bool:
+    """Whether the module computes what `nn.Linear` or `nn.Embedding` computes, subclasses with the same forward included."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in TARGET_TYPES)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether the module is one that halfbyte made."""
+    return isinstance(module, QuantizedModule | HalfLinear | HalfEmbedding)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """`(O, I)` of a target's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = weight.shape
+    return out_features, in_features
+
+
+def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why a module with parameters stays in floating point whatever the recipe says; None if it need not."""
+    if not is_target(module):
+        if isinstance(module, nn.MultiheadAttention):
+            return "its projections are read past the submodules' forward"
+        if isinstance(module, _NORMS) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+            return "normalization stays in floating point"
+        if any(isinstance(module, kind) for kind in TARGET_TYPES):
+            return f"{type(module).__name__} has a forward of its own"
+        return f"no quantized form of {type(module).__name__}"
+    for parent in _parents(name):
+        if isinstance(modules[parent], nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight past its forward"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter (an old-style weight_norm or spectral_norm hook computes it)"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites its rows in forward"
+    if weight.dtype == torch.float64:
+        return "float64 has no kernel"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def disable_fast_paths(model: nn.Module) -> None:
+    """Keeps `nn.TransformerEncoder(Layer)` off the fused path that reads float weights of layers that are quantized now."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(is_converted(m) for m in module.modules()):
+            # Both are what the layers themselves check before they take the fused path; see their forward.
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(is_converted(m) for m in module.modules()):
+            module.use_nested_tensor = False
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
