@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import TypeAlias
 
 from torch import nn
@@ -78,7 +79,7 @@ def as_recipe(scheme_or_recipe: object) -> Recipe:
         return scheme_or_recipe
     if isinstance(scheme_or_recipe, Scheme):
         return Recipe(default=scheme_or_recipe)
-    if callable(scheme_or_recipe) and getattr(scheme_or_recipe, "__module__", "") == "halfbyte.schemes":
+    if isinstance(scheme_or_recipe, FunctionType) and scheme_or_recipe.__module__ == "halfbyte.schemes":
         raise TypeError(f"{scheme_or_recipe.__name__} is a function; call it: hb.{scheme_or_recipe.__name__}()")
     raise TypeError(
         f"{scheme_or_recipe!r} is not a scheme, recipe or plan; use e.g. hb.int8_dynamic(), hb.int4_weight_only() or "

@@ -60,7 +60,7 @@ class Staging:
             places[name] = None
             if tensor is not None:
                 places[name] = (self._file.tell(), tensor.shape, tensor.dtype)
-                self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
+                self._file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         self._spilled[key] = (places, weight.layout, weight.shape)
 
     def get(self, key: str) -> PackedWeight:
@@ -76,7 +76,10 @@ class Staging:
                 offset, size, dtype = place
                 tensor = torch.empty(size, dtype=dtype)
                 self._file.seek(offset)
-                self._file.readinto(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))  # type: ignore[attr-defined]
+                read = bytearray(self._file.read(tensor.nbytes))
+                tensor.view(torch.uint8).copy_(
+                    torch.frombuffer(read, dtype=torch.uint8).view(tensor.view(torch.uint8).shape)
+                )
                 tensors[name] = tensor
         qweight, scale = tensors["qweight"], tensors["scale"]
         assert qweight is not None and scale is not None

@@ -378,7 +378,7 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: _Preparation, sta
 
 def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
     rows = max(PANEL, _CHUNK_ELEMENTS // weight.shape[1] // PANEL * PANEL)
-    return iter(weight.detach().split(rows))
+    return iter(torch.split(weight.detach(), rows))
 
 
 def _commit(model: nn.Module, made: Plan, staging: Staging) -> None:
