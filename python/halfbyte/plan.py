@@ -20,6 +20,9 @@ from halfbyte.table import Table, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
 
+_SMALLEST_FALLBACK_GROUP = 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRow:
     """What one module gets.
@@ -280,7 +283,7 @@ class _Resolver:
         asked = weight_format.granularity.group_size
         if in_features % asked == 0:
             return
-        fitting = max(size for size in range(1, min(asked, in_features) + 1) if in_features % size == 0)
+        fitting = fitting_group_size(in_features, asked)
         choice.scheme = replace(choice.scheme, weight=weight_format.with_granularity(PerGroup(fitting)))
         message = f"group_size={asked} does not divide in_features={in_features}: group_size={fitting} is used"
         choice.fallbacks += (Fallback(name, "group_size", message),)
@@ -329,6 +332,21 @@ def kernel_name(module: nn.Module, scheme: Scheme) -> str:
         return f"gather u{scheme.weight.bits}"
     activation = "f32" if scheme.activation is None else f"s{scheme.activation.bits}"
     return f"matmul u{scheme.weight.bits} {activation} ({cpu_capability()})"
+
+
+def fitting_group_size(in_features: int, asked: int) -> int:
+    """The group size that stands in for one that does not divide `in_features`.
+
+    The largest divisor below it, unless that is so small (under 8) that scales would outweigh codes; then the smallest divisor
+    above it. `in_features` itself, one scale a row, always divides.
+
+    Example:
+        >>> fitting_group_size(48, 32), fitting_group_size(172, 32)
+        (24, 43)
+    """
+    divisors = [size for size in range(1, in_features + 1) if in_features % size == 0]
+    below = max(size for size in divisors if size <= asked)
+    return below if below >= min(_SMALLEST_FALLBACK_GROUP, asked) else min(size for size in divisors if size > asked)
 
 
 def _table_scheme(scheme: Scheme) -> Scheme:
