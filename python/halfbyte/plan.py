@@ -19,7 +19,6 @@ from halfbyte.schemes import Scheme
 from halfbyte.table import Table, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
-
 _SMALLEST_FALLBACK_GROUP = 8
 
 
