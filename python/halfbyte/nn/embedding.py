@@ -41,7 +41,7 @@ class QuantizedEmbedding(QuantizedModule):
             self.qweight,
             self.scale,
             self.zero_point,
-            bits=self.weight_format.bits,
+            bits=self.bits,
             num_embeddings=self.num_embeddings,
             embedding_dim=self.embedding_dim,
             group_size=self.group_size,

@@ -50,7 +50,7 @@ class QuantizedLinear(QuantizedModule):
                 self.scale,
                 self.zero_point,
                 self.bias,
-                bits=self.weight_format.bits,
+                bits=self.bits,
                 out_features=self.out_features,
                 group_size=self.group_size,
             )
@@ -60,7 +60,7 @@ class QuantizedLinear(QuantizedModule):
             self.scale,
             self.zero_point,
             self.bias,
-            bits=self.weight_format.bits,
+            bits=self.bits,
             out_features=self.out_features,
             group_size=self.group_size,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.formats import IntFormat
-from halfbyte.nn.packed_weight import Layout, PackedWeight, packed_shapes
+from halfbyte.nn.packed_weight import Layout, PackedWeight
 from halfbyte.schemes import Scheme
 
 
@@ -32,6 +32,8 @@ class QuantizedModule(nn.Module):
         self.layout: Layout = weight.layout
         self.dtype = dtype
         self._weight_shape = weight.shape
+        self.bits = scheme.weight.bits
+        self.group_size = scheme.weight.group_size(weight.shape[1])  # inputs that share a scale; all of them per channel
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -41,11 +43,6 @@ class QuantizedModule(nn.Module):
         weight_format = self.scheme.weight
         assert isinstance(weight_format, IntFormat)
         return weight_format
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale; all of them per channel."""
-        return self.weight_format.group_size(self._weight_shape[1])
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -69,21 +66,8 @@ class QuantizedModule(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if old is None or new is None or new is old:
-                continue
-            if new.device == old.device and new.dtype != old.dtype:
-                self._buffers[name] = old
-            elif new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        if not self.dtype.is_floating_point:
-            return self
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old if new.device == old.device else old.to(new.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         return self
 
-
-def expected_tensors(
-    scheme: Scheme, layout: Layout, shape: tuple[int, int]
-) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the buffers of a quantized module."""
-    assert isinstance(scheme.weight, IntFormat)
-    return packed_shapes(scheme.weight, layout, shape)
