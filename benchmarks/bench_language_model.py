@@ -14,13 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import halfbyte as hb
 import torch
-from models import llama, output, reload, shared_data
-from models.variants import VARIANTS
 from safetensors.torch import save_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
+
+import halfbyte as hb
+from models import llama, output, reload, shared_data
+from models.variants import VARIANTS
 
 FLOAT = "float32"
 TIED_HEAD = ("lm_head", "model.embed_tokens")
@@ -186,7 +187,7 @@ def main() -> None:
 
     root = shared_data()
     if root is None:
-        parser.exit(1, "no shared/data here; set HALFBYTE_SHARED_DATA to a folder that has lm/ and text/\n")
+        parser.exit(0, "skipped: no shared data here; HALFBYTE_SHARED names the folder that holds data/\n")
     torch.set_num_threads(arguments.threads)
     text = llama.load_text(root, arguments.model, rows=arguments.rows)
     for part in arguments.parts:

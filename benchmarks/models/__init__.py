@@ -1,7 +1,7 @@
 """Loaders for the real models and texts that the benchmarks and ``tests/models`` share.
 
-The files are not part of the project. They live in a folder ``shared/data`` beside (or above) the checkout, or wherever
-``HALFBYTE_SHARED_DATA`` points; everything that needs them says so and skips where they are absent.
+The files are not part of the project. They live in ``shared/data`` beside (or above) the checkout, or in ``data`` of the
+folder that ``HALFBYTE_SHARED`` names; everything that needs them says so and skips where they are absent.
 """
 
 import os
@@ -20,8 +20,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 def shared_data() -> Path | None:
     """The folder with the shared models and data, or ``None`` where this machine has none."""
-    if override := os.environ.get("HALFBYTE_SHARED_DATA"):
-        candidates = [Path(override)]
+    if override := os.environ.get("HALFBYTE_SHARED"):
+        candidates = [Path(override) / "data"]
     else:
         candidates = [folder / "shared" / "data" for folder in (_REPOSITORY, *_REPOSITORY.parents)]
     return next((folder for folder in candidates if (folder / "lm").is_dir()), None)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import halfbyte as hb
 import torch
 import transformers
+
+import halfbyte as hb
 
 __all__ = ["alternate", "environment", "markdown", "merge_json"]
 

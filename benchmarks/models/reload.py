@@ -10,10 +10,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import halfbyte as hb
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+import halfbyte as hb
 
 from . import llama, minilm, shared_data
 

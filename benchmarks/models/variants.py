@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import halfbyte as hb
 from torch import Tensor, nn
+
+import halfbyte as hb
 
 __all__ = ["VARIANTS", "Variant"]
 

@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("transformers")
-
 from benchmarks.models import llama, minilm
 
 
