@@ -217,8 +217,12 @@ void check_search(const ElementwiseKernels& kernels, const ElementwiseKernels& s
         for (const float* weights :
              {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())}) {
           for (FloatType type : kFloatTypes) {
-            const SearchOptions options = {
-                .bits = bits, .symmetric = symmetric, .steps = 20, .shrink_step = 0.04f, .scale_type = type};
+            const SearchOptions options = {.bits = bits,
+                                           .symmetric = symmetric,
+                                           .narrow_range = symmetric && bits == 8,
+                                           .steps = 20,
+                                           .shrink_step = 0.04f,
+                                           .scale_type = type};
             float scale, loss, other_scale, other_loss;
             int32_t zero_point, other_zero_point;
             kernels.search_qparams(w.data(), weights, count, options, &scale, &zero_point, &loss);

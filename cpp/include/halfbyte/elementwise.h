@@ -37,7 +37,8 @@ struct AffineGrid {
 // The grid p_j = 1 - j * shrink_step, j = 0 .. steps - 1, of ranges that search_qparams tries for a group of weights.
 struct SearchOptions {
   int bits;
-  bool symmetric;
+  bool symmetric;     // signed codes around 0; one symmetric bit is +-scale
+  bool narrow_range;  // symmetric only: qmin = -qmax
   int steps;          // >= 1; 1 gives min/max qparams
   float shrink_step;  // steps * shrink_step < 1
   FloatType scale_type;

@@ -130,8 +130,9 @@ void quantize(const void* x, void* q, const AffineGrid& grid, int64_t begin, int
               [&](const Lanes& value, int64_t i, int64_t) {
                 const Affine affine = affine_at(i);
                 const Lanes scaled = value * affine.inverse_scale;
-                const Lanes code = round_small(clamp(scaled, affine.lowest, affine.highest));
-                return replace_nan(scaled, code, zero) + affine.zero_point;
+                // NaN counts as 0, which is the zero point where the range holds it.
+                const Lanes finite = replace_nan(scaled, scaled, zero);
+                return round_small(clamp(finite, affine.lowest, affine.highest)) + affine.zero_point;
               });
   });
 }

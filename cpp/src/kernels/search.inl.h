@@ -120,7 +120,7 @@ inline void search_qparams(const float* w, const float* importance, int64_t coun
   const float steps = static_cast<float>((1 << options.bits) - 1);
   const float half = static_cast<float>(1 << (options.bits - 1));
   const float qmax = options.symmetric ? half - 1.f : steps;
-  const float qmin = !options.symmetric ? 0.f : options.bits == 8 ? -127.f : -half;
+  const float qmin = !options.symmetric ? 0.f : options.narrow_range ? -qmax : -half;
   low = std::min(low, 0.f);
   high = std::max(high, 0.f);
   const float base = options.symmetric ? std::max(high / qmax, low / qmin) : (high - low) / steps;

@@ -18,12 +18,15 @@ Tensor fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, in
                      OptionalInt group_size);
 std::tuple<Tensor, Tensor> fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
                                                OptionalInt axis, OptionalInt group_size);
-Tensor fake_quantize_backward(Tensor grad, Tensor mask, int64_t mask_run);
+Tensor fake_quantize_backward(Tensor grad, Tensor mask);
 Tensor quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
                 OptionalInt group_size);
 Tensor dequantize(Tensor q, Tensor scale, Tensor zero_point, OptionalInt axis, OptionalInt group_size,
                   torch::headeronly::ScalarType dtype);
 std::tuple<Tensor, Tensor> observe_minmax(Tensor x, OptionalInt axis, OptionalInt group_size);
+std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor importance, int64_t bits, bool symmetric,
+                                                  bool narrow_range, int64_t group_size, int64_t grid,
+                                                  double max_shrink, torch::headeronly::ScalarType scale_dtype);
 
 // packing_ops.cpp
 Tensor pack(Tensor codes, int64_t bits);

@@ -10,10 +10,13 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def(
       "fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) "
       "-> (Tensor, Tensor)");
-  m.def("fake_quantize_backward(Tensor grad, Tensor mask, int mask_run) -> Tensor");
+  m.def("fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor");
   m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
   m.def("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor");
   m.def("observe_minmax(Tensor x, int? axis, int? group_size) -> (Tensor, Tensor)");
+  m.def(
+      "search_qparams(Tensor w, Tensor? importance, int bits, bool symmetric, bool narrow_range, int group_size, "
+      "int grid, float max_shrink, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor)");
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
   m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
@@ -37,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
+  m.impl("search_qparams", TORCH_BOX(&search_qparams));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));

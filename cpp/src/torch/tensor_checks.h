@@ -1,0 +1,62 @@
+// What every operator needs between torch's tensors and the kernels' pointers: checks, dtypes, contiguous data,
+// threads. The Python wrappers check arguments first, with friendlier words; these checks keep a direct caller from
+// reading past the end of a tensor.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "halfbyte/types.h"
+#include "ops.h"
+
+namespace halfbyte::ops {
+
+using torch::headeronly::ScalarType;
+
+// Throws the parts of the message, streamed one after another, unless `ok`.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline bool is_float_type(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline FloatType float_type(ScalarType type, const char* name) {
+  check(is_float_type(type), name, " has dtype ", torch::headeronly::toString(type),
+        "; use float32, bfloat16 or float16");
+  return type == ScalarType::Float      ? FloatType::kFloat32
+         : type == ScalarType::BFloat16 ? FloatType::kBFloat16
+                                        : FloatType::kFloat16;
+}
+
+inline FloatType float_type(const Tensor& tensor, const char* name) { return float_type(tensor.scalar_type(), name); }
+
+inline void check_type(const Tensor& tensor, ScalarType type, const char* name) {
+  check(tensor.scalar_type() == type, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", not ",
+        torch::headeronly::toString(type));
+}
+
+// The tensor itself, or a contiguous copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An uninitialised tensor on the device of `like`.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// f(begin, end) over [0, count) on torch's threads, at least `grain` items a thread.
+template <class F>
+inline void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+}
+
+}  // namespace halfbyte::ops
