@@ -42,8 +42,16 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
         torch.testing.assert_close(tensor, before[1][name], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        (scheme, dtype)
+        for scheme in SCHEMES
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if dtype == torch.float32 or isinstance(scheme.weight, hb.IntFormat)
+    ],
+    ids=str,
+)
 def test_converted_model_computes_with_the_dequantized_weights(scheme: hb.Scheme, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = mlp().to(dtype)
@@ -235,6 +243,11 @@ def test_weight_that_is_not_finite_is_named(scheme: hb.Scheme, value: float, wor
     with pytest.raises(hb.QuantizationError, match=f"2: weight has {word}"):
         hb.quantize_(model, scheme, progress=False)
     assert_unchanged(model, before)
+
+
+def test_model_in_the_asked_float_type_has_nothing_to_quantize() -> None:
+    with pytest.raises(hb.QuantizationError, match="is bfloat16 already"):
+        hb.quantize_(mlp().bfloat16(), hb.bf16(), progress=False)
 
 
 def test_integer_weight_is_named() -> None:

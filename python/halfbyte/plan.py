@@ -233,6 +233,8 @@ class _Resolver:
         choice = _Choice(scheme, override)
         if scheme is None:
             choice.reason = "left as it is by the recipe"
+        elif isinstance(scheme.weight, FloatFormat) and scheme.weight.dtype == weight.dtype:
+            choice.scheme, choice.reason = None, f"is {scheme.weight} already"
         elif isinstance(module, nn.Embedding):
             choice.layout = "rows"
             choice.scheme = _table_scheme(scheme) if override is None else Scheme(weight=scheme.weight)
@@ -345,7 +347,9 @@ def fitting_group_size(in_features: int, asked: int) -> int:
     """
     divisors = [size for size in range(1, in_features + 1) if in_features % size == 0]
     below = max(size for size in divisors if size <= asked)
-    return below if below >= min(_SMALLEST_FALLBACK_GROUP, asked) else min(size for size in divisors if size > asked)
+    if below >= _SMALLEST_FALLBACK_GROUP or below == in_features:
+        return below
+    return min(size for size in divisors if size > asked)
 
 
 def _table_scheme(scheme: Scheme) -> Scheme:

@@ -33,7 +33,9 @@ class QuantizedModule(nn.Module):
         self.dtype = dtype
         self._weight_shape = weight.shape
         self.bits = scheme.weight.bits
-        self.group_size = scheme.weight.group_size(weight.shape[1])  # inputs that share a scale; all of them per channel
+        self.group_size = scheme.weight.group_size(
+            weight.shape[1]
+        )  # inputs that share a scale; all of them per channel
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -70,4 +72,3 @@ class QuantizedModule(nn.Module):
                 self._buffers[name] = old if new.device == old.device else old.to(new.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         return self
-
