@@ -28,6 +28,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
 from halfbyte.schemes import Scheme
 from halfbyte.staging import Staging
+from halfbyte.swap import interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths
 
 _CHUNK_ELEMENTS = 1 << 18  # weights rounded at a time: bounds the working set whatever the layer's size
@@ -383,21 +384,13 @@ def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
 
 def _commit(model: nn.Module, made: Plan, staging: Staging) -> None:
     """Swaps all modules. An interrupt waits until the last one is in: half a conversion would be no model at all."""
-    interrupted: KeyboardInterrupt | None = None
     swapped: dict[str, nn.Module] = {}
-    for row in sorted(made.targets, key=lambda r: r.tied_to is not None):  # owners of a shared weight first
-        while row.name not in swapped:
-            try:
-                new = _converted(model.get_submodule(row.name), row, swapped, staging)
-                for name in (row.name, *row.aliases):
-                    parent, _, child = name.rpartition(".")
-                    model.get_submodule(parent)._modules[child] = new
-                swapped[row.name] = new
-            except KeyboardInterrupt as interrupt:
-                interrupted = interrupt
-    disable_fast_paths(model)
-    if interrupted is not None:
-        raise interrupted
+    with interrupts_deferred():
+        for row in sorted(made.targets, key=lambda r: r.tied_to is not None):  # owners of a shared weight first
+            new = _converted(model.get_submodule(row.name), row, swapped, staging)
+            replace_module(model, (row.name, *row.aliases), new)
+            swapped[row.name] = new
+        disable_fast_paths(model)
 
 
 def _converted(old: nn.Module, row: PlanRow, swapped: dict[str, nn.Module], staging: Staging) -> nn.Module:
@@ -419,12 +412,4 @@ def _converted(old: nn.Module, row: PlanRow, swapped: dict[str, nn.Module], stag
             new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype)
         else:
             new = QuantizedEmbedding(scheme, packed, old.weight.dtype, old.padding_idx)
-    new.train(old.training)
-    for hooks in (
-        "_forward_pre_hooks",
-        "_forward_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_with_kwargs",
-    ):
-        setattr(new, hooks, getattr(old, hooks))
     return new
