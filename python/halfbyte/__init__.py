@@ -16,6 +16,7 @@ from halfbyte.algorithms import MSE, RTN
 from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
+from halfbyte.io import load_, save
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
@@ -68,10 +69,12 @@ __all__ = [
     "int8_dynamic",
     "int8_weight_only",
     "int_weight_only",
+    "load_",
     "nn",
     "ops",
     "plan",
     "prepare_",
     "quantize_",
+    "save",
     "ternary_weight_only",
 ]

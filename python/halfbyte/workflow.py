@@ -78,7 +78,7 @@ def quantize_(
         True
     """
     start = time.perf_counter()
-    if hasattr(model, _PREPARATION):
+    if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = _Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback)
     if data is not None:
@@ -117,7 +117,7 @@ def prepare_(
         >>> _ = hb.calibrate(model, [torch.randn(8, 64)], progress=False)
         >>> report = hb.convert_(model, progress=False)
     """
-    if hasattr(model, _PREPARATION):
+    if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = _Preparation.of(model, recipe, algorithms, max_memory, on_fallback)
     preparation.observe(model)
@@ -237,6 +237,11 @@ class _Observing:
 
     def __exit__(self, *_: object) -> None:
         self.preparation.stop_observing(self.model)
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare_` was called and `convert_` was not."""
+    return hasattr(model, _PREPARATION)
 
 
 def _prepared(model: nn.Module) -> _Preparation:
