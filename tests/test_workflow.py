@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import signal
 import warnings
 
 import pytest
@@ -392,15 +393,13 @@ def test_interrupt_while_rounding_leaves_the_model_as_it_was(layer: int, monkeyp
 
 
 def test_interrupt_while_swapping_is_raised_after_the_last_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, interrupts = mlp(), [KeyboardInterrupt()]
-    get = Staging.get
+    model, get = mlp(), Staging.get
 
-    def interrupted_once(self: Staging, key: str) -> object:
-        if interrupts:
-            raise interrupts.pop()
+    def interrupted(self: Staging, key: str) -> object:
+        signal.raise_signal(signal.SIGINT)
         return get(self, key)
 
-    monkeypatch.setattr(Staging, "get", interrupted_once)
+    monkeypatch.setattr(Staging, "get", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hb.quantize_(model, hb.int8_dynamic(), progress=False)
     assert isinstance(model[0], hb.nn.QuantizedLinear)
