@@ -6,5 +6,6 @@
 #include "matmul.inl.h"
 
 namespace halfbyte {
-const KernelTable kAvx2Table = {"avx2", elementwise_kernels(), matmul_kernels()};
+// constinit: filling the table at load time would run this level's instructions on every CPU.
+constinit const KernelTable kAvx2Table = {"avx2", elementwise_kernels(), matmul_kernels()};
 }  // namespace halfbyte

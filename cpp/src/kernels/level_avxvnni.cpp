@@ -1,4 +1,5 @@
-// The avxvnni level: its SIMD primitives, then every kernel compiled on top of them. Exports one table and nothing else.
+// The avxvnni level: its SIMD primitives, then every kernel compiled on top of them. Exports one table and nothing
+// else.
 #include "halfbyte/dispatch.h"
 #include "simd_avxvnni.h"
 // The kernels below are written in terms of the primitives above, in an anonymous namespace.
@@ -6,5 +7,6 @@
 #include "matmul.inl.h"
 
 namespace halfbyte {
-const KernelTable kAvxVnniTable = {"avxvnni", elementwise_kernels(), matmul_kernels()};
+// constinit: filling the table at load time would run this level's instructions on every CPU.
+constinit const KernelTable kAvxVnniTable = {"avxvnni", elementwise_kernels(), matmul_kernels()};
 }  // namespace halfbyte

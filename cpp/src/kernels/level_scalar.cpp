@@ -6,5 +6,5 @@
 #include "matmul.inl.h"
 
 namespace halfbyte {
-const KernelTable kScalarTable = {"scalar", elementwise_kernels(), matmul_kernels()};
+constinit const KernelTable kScalarTable = {"scalar", elementwise_kernels(), matmul_kernels()};
 }  // namespace halfbyte

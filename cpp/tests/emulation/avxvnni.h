@@ -1,0 +1,6 @@
+// Lets level_avxvnni.cpp compile for AVX2, its dot product done by SIMDe: the compiler includes this file before it.
+#pragma once
+#include <immintrin.h>
+#include <simde/x86/avx512/dpbusd.h>
+
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
