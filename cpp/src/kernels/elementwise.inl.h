@@ -72,7 +72,7 @@ inline void for_each_stretch(const AffineGrid& grid, int64_t begin, int64_t end,
     const Lanes zero_point = broadcast(static_cast<float>(grid.zero_point[channel]));
     const Affine affine = {broadcast(grid.scale[channel]), broadcast(1.f / grid.scale[channel]), zero_point,
                            qmin - zero_point, qmax - zero_point};
-    f(begin, run_end, [&](int64_t) { return affine; });
+    f(begin, run_end, [&](int64_t) -> const Affine& { return affine; });
     begin = run_end;
     ++run;
     if (++channel == grid.channels) channel = 0;
@@ -86,7 +86,7 @@ void fake_quantize_range(const Element<Type>* x, Element<Type>* y, Mask mask, co
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
     transform(x + from, y + from, to - from, load_floats<Type>, store_floats<Type>,
               [&](const Lanes& value, int64_t i, int64_t count) {
-                const Affine affine = affine_at(i);
+                const Affine& affine = affine_at(i);
                 // Clamped to one past either end before rounding: small enough to round by addition, and what lies
                 // outside still does afterwards, so that the second clamp tells the mask.
                 const Lanes near = clamp(value * affine.inverse_scale, affine.lowest - one, affine.highest + one);
@@ -128,7 +128,7 @@ void quantize(const void* x, void* q, const AffineGrid& grid, int64_t begin, int
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
     transform(in + from, out + from, to - from, load_floats<Type>, store_codes<Code>,
               [&](const Lanes& value, int64_t i, int64_t) {
-                const Affine affine = affine_at(i);
+                const Affine& affine = affine_at(i);
                 const Lanes scaled = value * affine.inverse_scale;
                 // NaN counts as 0, which is the zero point where the range holds it.
                 const Lanes finite = replace_nan(scaled, scaled, zero);
@@ -144,7 +144,7 @@ void dequantize(const void* q, void* y, const AffineGrid& grid, int64_t begin, i
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
     transform(in + from, out + from, to - from, load_codes<Code>, store_floats<Type>,
               [&](const Lanes& code, int64_t i, int64_t) {
-                const Affine affine = affine_at(i);
+                const Affine& affine = affine_at(i);
                 return (code - affine.zero_point) * affine.scale;
               });
   });

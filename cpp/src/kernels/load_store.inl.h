@@ -72,7 +72,7 @@ inline Element<Type> narrow(float value) {
 
 // Sixteen elements of a float type.
 template <FloatType Type>
-inline Lanes load_floats(const Element<Type>* x) {
+[[gnu::always_inline]] inline Lanes load_floats(const Element<Type>* x) {
   if constexpr (Type == FloatType::kFloat32) {
     return load(x);
   } else {
@@ -103,7 +103,7 @@ inline Lanes load_floats(const Element<Type>* x) {
 }
 
 template <FloatType Type>
-inline void store_floats(Element<Type>* y, const Lanes& lanes) {
+[[gnu::always_inline]] inline void store_floats(Element<Type>* y, const Lanes& lanes) {
   if constexpr (Type == FloatType::kFloat32) {
     store(y, lanes);
   } else {
@@ -147,7 +147,7 @@ inline void store_floats(Element<Type>* y, const Lanes& lanes) {
 
 // Sixteen codes of int8_t, uint8_t or int32_t.
 template <class Code>
-inline Lanes load_codes(const Code* q) {
+[[gnu::always_inline]] inline Lanes load_codes(const Code* q) {
   if constexpr (sizeof(Code) == 4) {
     return load(q);
   } else {
@@ -173,7 +173,7 @@ inline Lanes load_codes(const Code* q) {
 
 // The lanes hold integers that the code type can hold.
 template <class Code>
-inline void store_codes(Code* q, const Lanes& lanes) {
+[[gnu::always_inline]] inline void store_codes(Code* q, const Lanes& lanes) {
 #if defined(__AVX512BW__)
   const __m512i codes = _mm512_cvtps_epi32(lanes.batch[0]);
   if constexpr (sizeof(Code) == 4) {
@@ -212,7 +212,8 @@ struct Partial {
 
 // One step from 16 inputs to 16 outputs, over the whole of a range. Load and Store know the element types.
 template <class In, class Out, class LoadIn, class StoreOut, class Step>
-inline void transform(const In* in, Out* out, int64_t count, LoadIn load_in, StoreOut store_out, Step step) {
+[[gnu::always_inline]] inline void transform(const In* in, Out* out, int64_t count, LoadIn load_in, StoreOut store_out,
+                                             Step step) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_out(out + i, step(load_in(in + i), i, kLanes));
   if (i == count) return;

@@ -47,26 +47,32 @@ void minmax_runs(const void* x, int64_t run_length, int64_t run_begin, int64_t r
   }
 }
 
+// lo and hi take in one row of at most kLanes columns.
+template <FloatType Type>
+[[gnu::always_inline]] inline void merge_row(const Element<Type>* values, float* lo, float* hi) {
+  const Lanes nan = broadcast(std::numeric_limits<float>::quiet_NaN());
+  const Lanes value = load_floats<Type>(values) + broadcast(0.f);
+  store(lo, replace_nan(value, min(load(lo), value), nan));
+  store(hi, replace_nan(value, max(load(hi), value), nan));
+}
+
 template <FloatType Type>
 void minmax_columns(const void* x, int64_t columns, int64_t row_begin, int64_t row_end, float* lo, float* hi) {
   const auto* in = static_cast<const Element<Type>*>(x);
-  const Lanes nan = broadcast(std::numeric_limits<float>::quiet_NaN()), zero = broadcast(0.f);
   // lo and hi of a strip stay in the first-level cache while its rows pass by.
   constexpr int64_t kStrip = 512;
   for (int64_t strip = 0; strip < columns; strip += kStrip) {
-    const int64_t width = std::min(kStrip, columns - strip);
+    const int64_t end = std::min(strip + kStrip, columns);
     for (int64_t row = row_begin; row < row_end; ++row) {
-      const Element<Type>* values = in + row * columns + strip;
-      transform(values, lo + strip, width, load_floats<Type>, store_floats<FloatType::kFloat32>,
-                [&](const Lanes& value, int64_t i, int64_t count) {
-                  const Partial<float> old(lo + strip + i, count);
-                  return replace_nan(value, min(load(old.values), value + zero), nan);
-                });
-      transform(values, hi + strip, width, load_floats<Type>, store_floats<FloatType::kFloat32>,
-                [&](const Lanes& value, int64_t i, int64_t count) {
-                  const Partial<float> old(hi + strip + i, count);
-                  return replace_nan(value, max(load(old.values), value + zero), nan);
-                });
+      const Element<Type>* values = in + row * columns;
+      int64_t i = strip;
+      for (; i + kLanes <= end; i += kLanes) merge_row<Type>(values + i, lo + i, hi + i);
+      if (i == end) continue;
+      const Partial<Element<Type>> rest(values + i, end - i);
+      Partial<float> low(lo + i, end - i), high(hi + i, end - i);
+      merge_row<Type>(rest.values, low.values, high.values);
+      low.copy_to(lo + i, end - i);
+      high.copy_to(hi + i, end - i);
     }
   }
 }

@@ -1,8 +1,9 @@
 // Sixteen float lanes on every level, over the xsimd architecture that the level's flags select. Kernels written in
 // terms of `Lanes` do the same operations in the same order everywhere, which is what makes the levels equal bit for
-// bit. The scalar level uses xsimd's emulated architecture: arrays and loops, any CPU.
+// bit. The scalar level uses what every x86-64 CPU has, SSE2; other machines get xsimd's emulated architecture: plain
+// loops.
 #pragma once
-#if !defined(__AVX2__)
+#if !defined(__SSE2__)
 #define XSIMD_WITH_EMULATED 1
 #endif
 #include <xsimd/xsimd.hpp>
@@ -19,8 +20,10 @@ namespace elementwise {
 using Arch = xsimd::avx512bw;
 #elif defined(__AVX2__)
 using Arch = xsimd::avx2;
+#elif defined(__SSE2__)
+using Arch = xsimd::sse2;
 #else
-using Arch = xsimd::emulated<128>;
+using Arch = xsimd::emulated<512>;
 #endif
 
 using FloatBatch = xsimd::batch<float, Arch>;
@@ -33,24 +36,24 @@ struct Lanes {
   FloatBatch batch[kBatches];
 };
 
-inline Lanes broadcast(float value) {
+[[gnu::always_inline]] inline Lanes broadcast(float value) {
   Lanes lanes;
   for (int b = 0; b < kBatches; ++b) lanes.batch[b] = FloatBatch(value);
   return lanes;
 }
 
-inline Lanes load(const float* values) {
+[[gnu::always_inline]] inline Lanes load(const float* values) {
   Lanes lanes;
   for (int b = 0; b < kBatches; ++b) lanes.batch[b] = FloatBatch::load_unaligned(values + b * kBatchLanes);
   return lanes;
 }
 
-inline void store(float* values, const Lanes& lanes) {
+[[gnu::always_inline]] inline void store(float* values, const Lanes& lanes) {
   for (int b = 0; b < kBatches; ++b) lanes.batch[b].store_unaligned(values + b * kBatchLanes);
 }
 
 // int32 codes: |code| < 2^24 converts exactly.
-inline Lanes load(const int32_t* codes) {
+[[gnu::always_inline]] inline Lanes load(const int32_t* codes) {
   Lanes lanes;
   for (int b = 0; b < kBatches; ++b) {
     lanes.batch[b] = xsimd::to_float(IntBatch::load_unaligned(codes + b * kBatchLanes));
@@ -58,55 +61,57 @@ inline Lanes load(const int32_t* codes) {
   return lanes;
 }
 
-inline Lanes operator+(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes operator+(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = a.batch[i] + b.batch[i];
   return lanes;
 }
 
-inline Lanes operator-(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes operator-(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = a.batch[i] - b.batch[i];
   return lanes;
 }
 
-inline Lanes operator*(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes operator*(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = a.batch[i] * b.batch[i];
   return lanes;
 }
 
 // Like std::min and std::max: the first operand where either is NaN.
-inline Lanes min(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes min(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = xsimd::min(a.batch[i], b.batch[i]);
   return lanes;
 }
 
-inline Lanes max(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes max(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = xsimd::max(a.batch[i], b.batch[i]);
   return lanes;
 }
 
-inline Lanes abs(const Lanes& a) {
+[[gnu::always_inline]] inline Lanes abs(const Lanes& a) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = xsimd::abs(a.batch[i]);
   return lanes;
 }
 
 // NaN stays NaN.
-inline Lanes clamp(const Lanes& v, const Lanes& lowest, const Lanes& highest) { return min(max(v, lowest), highest); }
+[[gnu::always_inline]] inline Lanes clamp(const Lanes& v, const Lanes& lowest, const Lanes& highest) {
+  return min(max(v, lowest), highest);
+}
 
 // Half to even, for |v| < 2^22: 1.5 * 2^23 has no fraction bits, so the sum is rounded to an integer and the difference
 // is exact. Never gives -0. No SSE4.1 needed, and every level rounds alike.
-inline Lanes round_small(const Lanes& v) {
+[[gnu::always_inline]] inline Lanes round_small(const Lanes& v) {
   const Lanes magic = broadcast(12582912.f);
   return (v + magic) - magic;
 }
 
 // Bit i is set where a == b in lane i; NaN equals nothing.
-inline uint32_t equal_bits(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline uint32_t equal_bits(const Lanes& a, const Lanes& b) {
   uint32_t bits = 0;
   for (int i = 0; i < kBatches; ++i) {
     bits |= static_cast<uint32_t>((a.batch[i] == b.batch[i]).mask()) << (i * kBatchLanes);
@@ -115,7 +120,7 @@ inline uint32_t equal_bits(const Lanes& a, const Lanes& b) {
 }
 
 // `v` where a == a, else `otherwise`: what NaN lanes of `a` become.
-inline Lanes replace_nan(const Lanes& a, const Lanes& v, const Lanes& otherwise) {
+[[gnu::always_inline]] inline Lanes replace_nan(const Lanes& a, const Lanes& v, const Lanes& otherwise) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) {
     lanes.batch[i] = xsimd::select(a.batch[i] == a.batch[i], v.batch[i], otherwise.batch[i]);
@@ -124,7 +129,7 @@ inline Lanes replace_nan(const Lanes& a, const Lanes& v, const Lanes& otherwise)
 }
 
 // `v` where bit i of `bits` is set, else +0.
-inline Lanes keep(const Lanes& v, uint32_t bits) {
+[[gnu::always_inline]] inline Lanes keep(const Lanes& v, uint32_t bits) {
   alignas(64) static constexpr int32_t kBit[kLanes] = {1 << 0,  1 << 1,  1 << 2,  1 << 3, 1 << 4,  1 << 5,
                                                        1 << 6,  1 << 7,  1 << 8,  1 << 9, 1 << 10, 1 << 11,
                                                        1 << 12, 1 << 13, 1 << 14, 1 << 15};
