@@ -13,7 +13,8 @@ from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, IntFormat, PerAxis, PerGroup
 from halfbyte.nn import QuantizedModule
-from halfbyte.nn.packed_weight import Layout, packed_bytes
+from halfbyte.nn.packed_weight import packed_bytes
+from halfbyte.ops import Layout
 from halfbyte.recipe import Pattern, Recipe, as_recipe
 from halfbyte.schemes import Scheme
 from halfbyte.table import Table, format_bytes

@@ -14,7 +14,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from halfbyte.nn.packed_weight import Layout, PackedWeight
+from halfbyte.nn.packed_weight import PackedWeight
+from halfbyte.ops import Layout
 
 
 class Staging:

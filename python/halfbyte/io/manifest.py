@@ -14,7 +14,8 @@ from torch import nn
 from halfbyte.errors import FileFormatError
 from halfbyte.formats import FloatFormat, PerGroup
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
-from halfbyte.nn.packed_weight import Layout, packed_shapes
+from halfbyte.nn.packed_weight import packed_shapes
+from halfbyte.ops import Layout
 from halfbyte.schemes import Scheme
 
 FORMAT_VERSION = 1

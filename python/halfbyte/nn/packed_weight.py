@@ -7,15 +7,14 @@ tables whose rows are gathered, with `[O, G]`. `cpp/include/halfbyte/packing.h` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from halfbyte import ops
 from halfbyte.formats import IntFormat
+from halfbyte.ops import Layout
 
-Layout = Literal["tiles", "rows"]
 PANEL = 16  # outputs in one panel of the tiles layout
 
 
@@ -107,15 +106,8 @@ def packed_shapes(
     out_features, in_features = shape
     bits, group_size = weight_format.bits, weight_format.group_size(in_features)
     groups = in_features // group_size if in_features else 0
-    planes = [p for p in (8, 4, 2, 1) if bits & p]
-    if layout == "tiles":
-        unit = {8: 4, 4: 8, 2: 16}.get(bits, 32)  # inputs in one unit, packing.h
-        padded_in = groups * (-(-group_size // unit) * unit)
-        q_shape = (-(-out_features // PANEL), PANEL * padded_in * bits // 8)
-        s_shape = (groups, out_features)
-    else:
-        q_shape = (out_features, sum(-(-in_features * p // 8) for p in planes))
-        s_shape = (out_features, groups)
+    q_shape = ops.packed_shape(shape, bits, layout=layout, group_size=group_size)
+    s_shape = (groups, out_features) if layout == "tiles" else (out_features, groups)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": (q_shape, torch.uint8),
         "scale": (s_shape, weight_format.scale_dtype),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.formats import IntFormat
-from halfbyte.nn.packed_weight import Layout, PackedWeight
+from halfbyte.nn.packed_weight import PackedWeight
+from halfbyte.ops import Layout
 from halfbyte.schemes import Scheme
 
 
