@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -25,15 +27,13 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the wheel of the files that git knows, in a copy: nothing of this checkout's own build may get into it."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "-q"]
-    run(sys.executable, "-m", "pip", "wheel", source, *options, "-w", folder, cwd=folder)
+    """Builds the wheel as a user would; its build folder is kept, so that a second run compiles what changed."""
+    folder, build = tmp_path_factory.mktemp("wheel"), ROOT / "build" / "wheel"
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "-C", f"build-dir={build}"]
+    build.parent.mkdir(exist_ok=True)
+    with build.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # xdist may run the tests of this file in two processes
+        run(sys.executable, "-m", "pip", "wheel", ROOT, *options, "-w", folder, cwd=folder)
     (path,) = folder.glob("halfbyte-*.whl")
     return path
 
@@ -91,3 +91,15 @@ print(hb.__version__)
     where, version = output.splitlines()
     assert Path(where).is_relative_to(packages)
     assert version == wheel.name.split("-")[1]
+
+
+def test_sdist_holds_what_a_build_needs_and_nothing_else(tmp_path: Path) -> None:
+    """Sources, build files, licence and readme; nothing that git does not know."""
+    build = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=ROOT)
+    (path,) = tmp_path.glob("halfbyte-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    known = set(run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines())
+    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "cpp/src/module.cpp"} <= names
+    assert names - known == {"PKG-INFO"}
