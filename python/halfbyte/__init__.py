@@ -13,10 +13,13 @@ from halfbyte._extension import (
     cpu_capability,
 )
 from halfbyte.algorithms import MSE, RTN
-from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError
+from halfbyte.compare import CompareReport, compare
+from halfbyte.doctor import Doctor, doctor
+from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError, VerificationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
 from halfbyte.io import load_, save
+from halfbyte.kernel_info import KernelInfo, kernel_info
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
@@ -31,11 +34,14 @@ from halfbyte.schemes import (
     int_weight_only,
     ternary_weight_only,
 )
+from halfbyte.verify import VerifyReport, verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
 __all__ = [
     "MSE",
     "RTN",
+    "CompareReport",
+    "Doctor",
     "Fallback",
     "FallbackError",
     "FallbackWarning",
@@ -44,6 +50,7 @@ __all__ = [
     "Format",
     "Granularity",
     "IntFormat",
+    "KernelInfo",
     "ModuleReport",
     "PerAxis",
     "PerGroup",
@@ -55,13 +62,17 @@ __all__ = [
     "Recipe",
     "Report",
     "Scheme",
+    "VerificationError",
+    "VerifyReport",
     "__version__",
     "algorithms",
     "available_capabilities",
     "bf16",
     "calibrate",
+    "compare",
     "convert_",
     "cpu_capability",
+    "doctor",
     "fp16",
     "functional",
     "int4_int8_dynamic",
@@ -69,6 +80,7 @@ __all__ = [
     "int8_dynamic",
     "int8_weight_only",
     "int_weight_only",
+    "kernel_info",
     "load_",
     "nn",
     "ops",
@@ -77,4 +89,5 @@ __all__ = [
     "quantize_",
     "save",
     "ternary_weight_only",
+    "verify",
 ]

@@ -21,3 +21,7 @@ class FileFormatError(QuantizationError):
 
 class FallbackWarning(UserWarning):
     """Something was quantized otherwise than asked; the report lists it under ``fallbacks``."""
+
+
+class VerificationError(RuntimeError):
+    """`hb.verify` found a result that the integers of a model do not give: a bug of halfbyte, or of the machine."""

@@ -127,13 +127,18 @@ def packed_shape(
             raise ValueError(f"shape={tuple(shape)} is not that of a matrix [O, I], which layout='tiles' needs")
         out_features, in_features = shape
         group = _tile_group(group_size, in_features)
-        unit = {8: 4, 4: 8, 2: 16}.get(bits, 32)  # k_unit() of packing.h
+        unit = unit_inputs(bits)
         padded = -(-in_features // group) * (-(-group // unit) * unit)
         return (-(-out_features // _PANEL), padded * _PANEL * bits // 8)
     if not shape:
         raise ValueError("shape=() has no dimension to pack")
     row_bytes = sum(-(-shape[-1] * plane // 8) for plane in (8, 4, 2, 1) if bits & plane)
     return (*shape[:-1], row_bytes)
+
+
+def unit_inputs(bits: int) -> int:
+    """Inputs in one unit of the tiles layout: `k_unit()` of packing.h."""
+    return {8: 4, 4: 8, 2: 16}.get(bits, 32)
 
 
 def _is_tiles(layout: Layout) -> bool:

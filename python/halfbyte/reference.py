@@ -1,0 +1,156 @@
+"""What a quantized module must compute, in plain torch: integer products exactly, floating point within proven bounds.
+
+Works on some rows and some outputs at a time, so that a check of a large layer takes little memory. Symbols as in
+`matmul.h`: `a` activation codes, `u` weight codes, `t` integer sums of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte import functional
+from halfbyte.formats import IntFormat
+from halfbyte.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn.packed_weight import PANEL
+
+_ELEMENTS = 1 << 21  # of any intermediate in float64: 16 MB
+_MAX_CHUNK = 32768  # inputs that a kernel sums before it converts to float32 (matmul.h)
+_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReference:
+    """Some outputs of a linear layer, for some rows.
+
+    Attributes:
+        outputs: Which columns.
+        exact: `[R, columns]` float64: the value without rounding.
+        bound: `[R, columns]` float64: the most that a kernel's rounding, in the documented order, can be off.
+        integers: `[R, columns]` float64: sum over groups of the integer products, exact; None for float activations.
+        reach: The largest magnitude that any partial sum of them can have; None for float activations.
+    """
+
+    outputs: slice
+    exact: Tensor
+    bound: Tensor
+    integers: Tensor | None = None
+    reach: Tensor | None = None
+
+
+def linear_reference(module: QuantizedLinear, x: Tensor) -> Iterator[LinearReference]:
+    """Reference of `module` on the rows `x` `[R, I]`, some outputs at a time."""
+    groups = module.in_features // module.group_size
+    per_output = max(module.in_features, x.shape[0] * groups)
+    step = max(1, _ELEMENTS // per_output // PANEL) * PANEL
+    for begin in range(0, module.out_features, step):
+        outputs = slice(begin, min(begin + step, module.out_features))
+        yield _int8_reference(module, x, outputs) if module.scheme.activation else _float_reference(module, x, outputs)
+
+
+def _int8_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:
+    codes, act_scale = functional.quantize_rows_dynamic(x)
+    weight, scale, _ = _grouped_weight(module, outputs)
+    a = _grouped(codes.double(), module.group_size)  # [G, R, group]
+    products = a @ weight.transpose(1, 2)  # [G, R, columns]: sums of integers below 2^53, exact
+    # A group past the chunk is summed in parts, whose magnitudes add up to at most this.
+    magnitudes = products.abs() if module.group_size <= _MAX_CHUNK else a.abs() @ weight.abs().transpose(1, 2)
+    s = act_scale.double()
+    bias = _bias(module, outputs)
+    exact = s * (scale.unsqueeze(1) * products).sum(0) + bias
+    # float(t), one fma a chunk, one for the activation scale and bias: each rounds a number no larger than this sum.
+    magnitude = s * (scale.abs().unsqueeze(1) * magnitudes).sum(0) + bias.abs()
+    roundings = products.shape[0] * -(-module.group_size // _MAX_CHUNK) + 3
+    bound = _bound(exact, magnitude, roundings, x.dtype)
+    return LinearReference(outputs, exact, bound, products.sum(0), magnitudes.sum(0))
+
+
+def _float_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:
+    weight, scale, offset = _grouped_weight(module, outputs)
+    rows = _grouped(x.double(), module.group_size)
+    bias = _bias(module, outputs)
+    exact = (scale.unsqueeze(1) * (rows @ weight.transpose(1, 2))).sum(0) + bias
+    # The kernel sums x * (u - c) and, apart, x * (c - z): both magnitudes count. `offset` is c - z, `weight` is u - z.
+    absolute = rows.abs()
+    parts = absolute @ (weight - offset.unsqueeze(2)).abs().transpose(1, 2)
+    parts = parts + absolute.sum(2, keepdim=True) * offset.abs().unsqueeze(1)
+    magnitude = (scale.abs().unsqueeze(1) * parts).sum(0) + bias.abs()
+    roundings = module.group_size + weight.shape[0] * 2 + 4
+    return LinearReference(outputs, exact, _bound(exact, magnitude, roundings, x.dtype))
+
+
+def _bound(exact: Tensor, magnitude: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
+    # Higham, Accuracy and Stability of Numerical Algorithms, 3.1: n roundings are off by at most n*u / (1 - n*u), relative.
+    relative = roundings * _UNIT[torch.float32]
+    bound = magnitude * (relative / (1 - relative)) + torch.finfo(torch.float32).tiny
+    if dtype != torch.float32:
+        bound = bound * (1 + _UNIT[dtype]) + exact.abs() * _UNIT[dtype] + torch.finfo(dtype).tiny
+    return bound
+
+
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """`[R, I]` as `[G, R, group_size]`."""
+    return x.reshape(x.shape[0], -1, group_size).transpose(0, 1)
+
+
+def _bias(module: QuantizedLinear, outputs: slice) -> Tensor:
+    if module.bias is None:
+        return torch.zeros(outputs.stop - outputs.start, dtype=torch.float64)
+    return module.bias.detach()[outputs].double()
+
+
+def _grouped_weight(module: QuantizedLinear, outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """`u - z` `[G, columns, group]`, scales `[G, columns]` and `c - z` `[G, columns]`, all float64 and exact."""
+    packed, weight_format = module.packed_weight, module.weight_format
+    panels = slice(outputs.start // PANEL, -(-outputs.stop // PANEL))
+    part = PackedWeight(
+        packed.qweight[panels],
+        packed.scale[:, outputs],
+        None if packed.zero_point is None else packed.zero_point[:, outputs],
+        "tiles",
+        (outputs.stop - outputs.start, packed.shape[1]),
+    )
+    codes, zero = _integers(part, weight_format)
+    grouped = _grouped(codes, module.group_size)
+    scale = part.scale.double()
+    if weight_format.binary:  # 2u - 1 = 2(u - c) + 1
+        return grouped, scale, torch.ones_like(scale)
+    if zero is None:
+        return grouped, scale, torch.zeros_like(scale)
+    middle = 2.0 ** (weight_format.bits - 1)
+    return grouped - zero.t().unsqueeze(2), scale, middle - zero.t()
+
+
+def _integers(packed: PackedWeight, weight_format: IntFormat) -> tuple[Tensor, Tensor | None]:
+    """Codes `[O, I]` (-1 and +1 for binary) and zero points `[O, G]`, float64."""
+    codes = packed.codes(weight_format)
+    numbers = codes.codes.double()
+    if weight_format.binary:
+        numbers = 2 * numbers - 1
+    return numbers, None if codes.zero_point is None else codes.zero_point.double()
+
+
+def embedding_reference(module: QuantizedEmbedding, indices: Tensor) -> Tensor:
+    """Rows of a table `[R, embedding_dim]` in the module's dtype; one rounding, so kernels must give the same bits."""
+    packed, weight_format = module.packed_weight, module.weight_format
+    if packed.layout == "rows":
+        zero = None if packed.zero_point is None else packed.zero_point[indices]
+        part = PackedWeight(
+            packed.qweight[indices], packed.scale[indices], zero, "rows", (len(indices), packed.shape[1])
+        )
+        rows = torch.arange(len(indices))
+    else:  # whole panels; columns past the last row of the table repeat it and are not read
+        panels, position = torch.unique(indices // PANEL, return_inverse=True)
+        columns = (panels[:, None] * PANEL + torch.arange(PANEL)).flatten().clamp(max=packed.shape[0] - 1)
+        zero = None if packed.zero_point is None else packed.zero_point[:, columns]
+        shape = (len(panels) * PANEL, packed.shape[1])
+        part = PackedWeight(packed.qweight[panels], packed.scale[:, columns], zero, "tiles", shape)
+        rows = position * PANEL + indices % PANEL
+    codes, zeros = _integers(part, weight_format)
+    scale = part.scale if packed.layout == "rows" else part.scale.t()
+    group_size = module.group_size
+    shifted = codes if zeros is None else codes - zeros.repeat_interleave(group_size, 1)
+    return (shifted.float() * scale.float().repeat_interleave(group_size, 1))[rows].to(module.dtype)
