@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "halfbyte/elementwise.h"
+#include "halfbyte/histogram.h"
 #include "halfbyte/matmul.h"
+#include "halfbyte/training.h"
 
 namespace halfbyte {
 
@@ -13,6 +15,8 @@ struct KernelTable {
   const char* name;
   ElementwiseKernels elementwise;
   MatmulKernels matmul;
+  TrainingKernels training;
+  HistogramKernels histogram;
 };
 
 extern const KernelTable kScalarTable;
@@ -20,10 +24,10 @@ extern const KernelTable kAvx2Table;
 extern const KernelTable kAvxVnniTable;
 extern const KernelTable kAvx512VnniTable;
 
-std::vector<std::string> compiled_levels();               // slowest first
-std::vector<std::string> supported_levels();              // of those, what this CPU and OS can run
-const KernelTable& kernels();                             // the active table
+std::vector<std::string> compiled_levels();   // slowest first
+std::vector<std::string> supported_levels();  // of those, what this CPU and OS can run
+const KernelTable& kernels();                 // the active table
 std::string active_level();
-void set_active_level(const std::string& name);           // throws std::invalid_argument with the allowed names
+void set_active_level(const std::string& name);  // throws std::invalid_argument with the allowed names
 
 }  // namespace halfbyte

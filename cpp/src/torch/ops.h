@@ -28,6 +28,17 @@ std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor impor
                                                   bool narrow_range, int64_t group_size, int64_t grid,
                                                   double max_shrink, torch::headeronly::ScalarType scale_dtype);
 
+// training_ops.cpp
+Tensor fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
+                             OptionalInt group_size, double grad_factor);
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
+                                                                  Tensor zero_point, int64_t qmin, int64_t qmax,
+                                                                  OptionalInt axis, OptionalInt group_size,
+                                                                  double grad_factor);
+
+// histogram_ops.cpp: returns the number of NaN; if there are any, counts stay as they are.
+Tensor histogram_update_(Tensor counts, Tensor x, double low, double high);
+
 // packing_ops.cpp
 Tensor pack(Tensor codes, int64_t bits);
 Tensor unpack(Tensor packed, int64_t bits, int64_t length, bool is_signed);

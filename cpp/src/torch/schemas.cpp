@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def(
       "search_qparams(Tensor w, Tensor? importance, int bits, bool symmetric, bool narrow_range, int group_size, "
       "int grid, float max_shrink, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, "
+      "int? group_size, float grad_factor) -> Tensor");
+  m.def(
+      "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, "
+      "int? axis, int? group_size, float grad_factor) -> (Tensor, Tensor, Tensor)");
+  m.def("histogram_update_(Tensor(a!) counts, Tensor x, float low, float high) -> Tensor");
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
   m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
@@ -41,6 +48,9 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
   m.impl("search_qparams", TORCH_BOX(&search_qparams));
+  m.impl("fake_quantize_learned", TORCH_BOX(&fake_quantize_learned));
+  m.impl("fake_quantize_learned_backward", TORCH_BOX(&fake_quantize_learned_backward));
+  m.impl("histogram_update_", TORCH_BOX(&histogram_update_));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
