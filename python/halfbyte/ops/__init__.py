@@ -1,12 +1,17 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
+from halfbyte.ops.histogram import grow_histogram, histogram_update_
+from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
 
 __all__ = [
     "Layout",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_learned",
+    "grow_histogram",
+    "histogram_update_",
     "observe_minmax",
     "pack",
     "packed_shape",
