@@ -52,6 +52,10 @@ Whole join(const Half& low, const Half& high) {
   return join<__m512i>(_mm256_cvtps_epi32(half<__m256>(v, 0)), _mm256_cvtps_epi32(half<__m256>(v, 1)));
 }
 
+[[maybe_unused]] __m512i cvttps_epi32(__m512 v) {
+  return join<__m512i>(_mm256_cvttps_epi32(half<__m256>(v, 0)), _mm256_cvttps_epi32(half<__m256>(v, 1)));
+}
+
 [[maybe_unused]] __m512i cvtepi8_epi32(__m128i v) {
   return join<__m512i>(_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)));
 }
@@ -111,6 +115,7 @@ __mmask16 compare(const __m512i& a, const __m512i& b, int predicate) {
 // Missing in SIMDe 0.7.4.
 #define _mm512_cvtepi32_ps halfbyte::emulation::cvtepi32_ps
 #define _mm512_cvtps_epi32 halfbyte::emulation::cvtps_epi32
+#define _mm512_cvttps_epi32 halfbyte::emulation::cvttps_epi32
 #define _mm512_cvtepi8_epi32 halfbyte::emulation::cvtepi8_epi32
 #define _mm512_cvtepu8_epi32 halfbyte::emulation::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 halfbyte::emulation::cvtepu16_epi32
