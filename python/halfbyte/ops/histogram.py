@@ -52,7 +52,9 @@ def histogram_update_(counts: Tensor, x: Tensor, *, low: float, high: float, nam
     return counts
 
 
-def grow_histogram(counts: Tensor, *, low: float, high: float, to_low: float, to_high: float) -> tuple[Tensor, float, float]:
+def grow_histogram(
+    counts: Tensor, *, low: float, high: float, to_low: float, to_high: float
+) -> tuple[Tensor, float, float]:
     """A histogram over a wider range, with as many bins: neighbouring bins are merged in pairs until the range is covered.
 
     Each step doubles the range, downwards where `to_low` lies below it and else upwards. No count is split or lost, and a value
@@ -108,3 +110,10 @@ def _check_bounds(low: float, high: float, bins: int) -> None:
     # The widths must be normal numbers of float32, in which the bins are found.
     if not 2.0**-120 < (high - low) / bins < 2.0**120 or max(-low, high) > 2.0**126:
         raise ValueError(f"low={low}, high={high} in {bins} bins is too fine or too wide for float32")
+
+
+def _histogram_update_fake(counts: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    return counts.new_empty((), dtype=torch.int64)
+
+
+torch.library.register_fake("halfbyte::histogram_update_", _histogram_update_fake)
