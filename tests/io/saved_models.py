@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import halfbyte as hb
 import torch
 from torch import Tensor, nn
+
+import halfbyte as hb
 
 SCHEMES = {
     "int8_dynamic": hb.int8_dynamic(),

@@ -6,15 +6,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import halfbyte as hb
 import pytest
 import safetensors.torch
 import torch
-from halfbyte.io.container import Reader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saved_models import SCHEMES, Net, meta_net, quantized_net, save_to
 from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte.io.container import Reader
 
 
 class Tiny(nn.Module):

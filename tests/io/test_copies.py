@@ -6,11 +6,12 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import halfbyte as hb
 import pytest
 import torch
 from saved_models import SCHEMES, Net, indices, meta_net, quantized_net, save_to
 from torch import nn
+
+import halfbyte as hb
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import halfbyte as hb
 import pytest
 import safetensors.torch
 import torch
-from halfbyte.io import container
 from saved_models import SCHEMES, Net, indices, meta_net, quantized_net, save_to
 from torch import nn
+
+import halfbyte as hb
+from halfbyte.io import container
 
 
 @pytest.mark.parametrize("name", SCHEMES)
