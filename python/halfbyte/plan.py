@@ -17,7 +17,7 @@ from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.ops import Layout
 from halfbyte.recipe import Pattern, Recipe, as_recipe
 from halfbyte.schemes import Scheme
-from halfbyte.table import Table, format_bytes
+from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
 _SMALLEST_FALLBACK_GROUP = 8
@@ -53,6 +53,21 @@ class PlanRow:
     tied_to: str | None = None
     aliases: tuple[str, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+
+    @property
+    def format_text(self) -> str:
+        """The scheme in words; a table has no activations to speak of."""
+        if self.scheme is None:
+            return "as is"
+        is_table = self.kernel.startswith("gather")
+        return str(self.scheme.weight).replace("per channel", "per row") if is_table else str(self.scheme)
+
+    @property
+    def note(self) -> str:
+        """Tie, reason and fallbacks in words."""
+        tie = [f"tied to {self.tied_to}"] if self.tied_to else []
+        reason = [self.reason] if self.reason else []
+        return "; ".join([*tie, *reason, *(f.message for f in self.fallbacks)])
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description."""
@@ -106,18 +121,15 @@ class Plan:
 
     def _table(self) -> Table:
         table = Table(["module", "type", "format", "before", "after", "kernel", "note"], right={3, 4})
-        for row in self.rows:
-            notes = [f"tied to {row.tied_to}"] if row.tied_to else []
-            notes += [row.reason] if row.reason else []
-            notes += [f.message for f in row.fallbacks]
+
+        def shown(row: PlanRow) -> tuple[str, ...]:
+            return row.module_type, row.format_text, row.kernel, row.note
+
+        for label, rows in fold_by_name(self.rows, lambda row: row.name, shown):
+            module_type, format_text, kernel, note = shown(rows[0])
+            before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
             table.add(
-                row.name or "(model)",
-                row.module_type,
-                "as is" if row.scheme is None else str(row.scheme),
-                format_bytes(row.bytes_before),
-                format_bytes(row.bytes_after),
-                row.kernel,
-                "; ".join(notes),
+                label or "(model)", module_type, format_text, format_bytes(before), format_bytes(after), kernel, note
             )
         ratio = f"{self.bytes_before / self.bytes_after:.2f}x smaller" if self.bytes_after else ""
         table.total("total", "", "", format_bytes(self.bytes_before), format_bytes(self.bytes_after), "", ratio)

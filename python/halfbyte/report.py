@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from halfbyte.fallback import Fallback
 from halfbyte.plan import Plan, PlanRow
-from halfbyte.table import Table, format_bytes
+from halfbyte.table import Table, fold_by_name, format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class ModuleReport:
 class Report:
     """What `quantize_` and `convert_` return; prints as a table, shows as one in a notebook.
 
+    Modules whose names differ only in numbers share a line of the table, with their bytes summed and the worst error.
+
     Attributes:
         modules: One entry for every module that owns parameters or buffers.
         bytes_before: All parameters and buffers before, each counted once.
@@ -94,23 +96,23 @@ class Report:
     def _table(self) -> Table:
         header = ["module", "type", "format", "rounding", "before", "after", "rel. error", "SQNR dB", "note"]
         table = Table(header, right={4, 5, 6, 7})
-        for module in self.modules:
-            row = module.plan
-            notes = [f"tied to {row.tied_to}"] if row.tied_to else []
-            notes += [row.reason] if row.reason else []
-            notes += [f.message for f in module.fallbacks]
-            error = "" if module.relative_error is None else f"{module.relative_error:.2e}"
-            sqnr = "" if module.sqnr_db is None else f"{module.sqnr_db:.1f}"
+
+        def shown(module: ModuleReport) -> tuple[str, ...]:
+            return module.plan.module_type, module.plan.format_text, module.rounding, module.plan.note
+
+        for label, modules in fold_by_name(self.modules, lambda module: module.name, shown):
+            module_type, format_text, rounding, note = shown(modules[0])
+            worst = max(modules, key=lambda module: module.relative_error or 0.0)  # of several, the worst is shown
             table.add(
-                row.name or "(model)",
-                row.module_type,
-                "as is" if row.scheme is None else str(row.scheme),
-                module.rounding,
-                format_bytes(row.bytes_before),
-                format_bytes(row.bytes_after),
-                error,
-                sqnr,
-                "; ".join(notes),
+                label or "(model)",
+                module_type,
+                format_text,
+                rounding,
+                format_bytes(sum(module.plan.bytes_before for module in modules)),
+                format_bytes(sum(module.plan.bytes_after for module in modules)),
+                "" if worst.relative_error is None else f"{worst.relative_error:.2e}",
+                "" if worst.sqnr_db is None else f"{worst.sqnr_db:.1f}",
+                note,
             )
         ratio = f"{self.bytes_before / self.bytes_after:.2f}x smaller, " if self.bytes_after else ""
         after = format_bytes(self.bytes_after)

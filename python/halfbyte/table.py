@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Table:
@@ -56,6 +61,48 @@ class Table:
         body = "".join(cells(row, "td") for row in self._rows)
         foot = f"<tfoot>{cells(self._total, 'th')}</tfoot>" if self._total else ""
         return f"<table><thead>{cells(self._header, 'th')}</thead><tbody>{body}</tbody>{foot}</table>"
+
+
+def fold_by_name(
+    items: Iterable[T], name_of: Callable[[T], str], key_of: Callable[[T], Hashable]
+) -> list[tuple[str, list[T]]]:
+    """Gathers items whose names differ only in numbers and whose keys are equal: the layers of a model, most often.
+
+    Args:
+        items: In the order of the table.
+        name_of: Qualified name of an item.
+        key_of: What else must be equal.
+
+    Returns:
+        Label and items of each gathering, in the order of its first item.
+
+    Example:
+        >>> names = ["layers.0.fc", "layers.1.fc", "layers.2.fc", "head"]
+        >>> [label for label, _ in fold_by_name(names, str, len)]
+        ['layers.{0-2}.fc', 'head']
+    """
+    gathered: dict[Hashable, list[T]] = {}
+    for item in items:
+        gathered.setdefault((re.sub(r"\d+", "#", name_of(item)), key_of(item)), []).append(item)
+    return [(_label([name_of(item) for item in group]), group) for group in gathered.values()]
+
+
+def _label(names: list[str]) -> str:
+    """One name for names that differ only in numbers."""
+    if len(names) == 1:
+        return names[0]
+    texts, columns = re.split(r"\d+", names[0]), zip(*(re.findall(r"\d+", name) for name in names), strict=True)
+    parts = [texts[0]]
+    for text, column in zip(texts[1:], columns, strict=True):
+        numbers = sorted({int(number) for number in column})
+        if len(numbers) == 1:
+            parts.append(str(numbers[0]))
+        elif numbers == list(range(numbers[0], numbers[-1] + 1)):
+            parts.append(f"{{{numbers[0]}-{numbers[-1]}}}")
+        else:
+            parts.append("{" + ",".join(map(str, numbers)) + "}")
+        parts.append(text)
+    return "".join(parts)
 
 
 def format_bytes(count: int) -> str:

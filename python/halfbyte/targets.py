@@ -36,6 +36,8 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
     """Why a module with parameters stays in floating point whatever the recipe says; None if it need not."""
     if not is_target(module):
+        if not any(parameter is not None for parameter in module._parameters.values()):
+            return "has buffers only"
         if isinstance(module, nn.MultiheadAttention):
             return "its projections are read past the submodules' forward"
         if isinstance(module, _NORMS) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
