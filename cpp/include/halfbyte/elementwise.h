@@ -28,7 +28,7 @@ struct AffineGrid {
   int64_t channels;
   int64_t run_length;  // elements that share one scale
   int32_t qmin, qmax;
-  // run_length == 1 only, where element i uses qparams[i % channels]: 1 / scale, and channels >= kElementLanes. There,
+  // Null, or 1 / scale: then run_length == 1 and qparams are read as vectors. For that channels >= kElementLanes, and
   // all three arrays repeat their first kElementLanes - 1 entries after the last one, so that a vector may begin at any
   // channel.
   const float* inverse_scale;

@@ -48,7 +48,7 @@ struct Affine {
 template <class F>
 inline void for_each_stretch(const AffineGrid& grid, int64_t begin, int64_t end, F f) {
   const Lanes qmin = broadcast(static_cast<float>(grid.qmin)), qmax = broadcast(static_cast<float>(grid.qmax));
-  if (grid.run_length == 1) {
+  if (grid.inverse_scale != nullptr) {
     // The channel of an element advances with it; a stretch ends where the channels begin anew.
     int64_t channel = begin % grid.channels;
     while (begin < end) {

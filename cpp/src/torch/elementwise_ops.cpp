@@ -42,7 +42,7 @@ class Grid {
       largest |= zero < 0 ? ~zero : zero;  // the highest bit set in any of them
     }
     check(largest < 2 * kMaxZeroPoint, "zero_point lies outside [-", kMaxZeroPoint, ", ", kMaxZeroPoint, "]");
-    if (runs.channels > 0 && (runs.run_length == 1 || (axis && runs.run_length < kShortRun))) advance_with_elements();
+    if (x.numel() > 0 && (runs.run_length == 1 || (axis && runs.run_length < kShortRun))) advance_with_elements();
   }
   Grid(const Grid&) = delete;
   Grid& operator=(const Grid&) = delete;
