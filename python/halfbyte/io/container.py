@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +47,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         )
         for name, t in tensors.items()
     }
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.touch(exist_ok=False)
     try:
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         try:
             serialize_file(specs, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
-        Path(temporary).chmod(_mode(path))
-        with Path(temporary).open("rb") as written:
+        temporary.chmod(mode)  # the library makes files that only their owner may read
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -69,15 +70,6 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 _ANY_ADDRESS = 1  # an empty tensor has none; no byte of it is read
-
-
-def _mode(path: Path) -> int:
-    """Permissions of the file that is replaced, or those a new file gets (mkstemp's would shut others out)."""
-    if path.exists():
-        return stat.S_IMODE(path.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 @dataclass(frozen=True, slots=True)

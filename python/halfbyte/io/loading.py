@@ -18,7 +18,7 @@ from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, M
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
 from halfbyte.nn import HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
 from halfbyte.swap import interrupts_deferred, replace_module
-from halfbyte.targets import TARGET_TYPES, disable_fast_paths, is_converted, weight_shape
+from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
 
 M = TypeVar("M", bound=nn.Module)
 _FLOATS = {DTYPES[name] for name in FLOAT_DTYPES}
@@ -121,7 +121,7 @@ def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:
             near = difflib.get_close_matches(name, modules, n=2, cutoff=0.5)
             hint = f" (it has {', '.join(near)})" if near else ""
             raise FileFormatError(f"the model has no module {name!r}{hint}; build it as it was built when it was saved")
-        if not isinstance(module, TARGET_TYPES) or not isinstance(module, kind):
+        if not isinstance(module, kind) or not is_target(module):
             raise FileFormatError(
                 f"module {name!r} is a {type(module).__name__} in the model but takes the place of a {kind.__name__} in the "
                 "file; build the model as it was built when it was saved"

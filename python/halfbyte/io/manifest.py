@@ -210,6 +210,8 @@ class Manifest:
         """
         try:
             content = json.loads(text)
+            digest = content.pop("sha256", None) if isinstance(content, dict) else None
+            expected_digest = _digest(content)
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"its description is damaged: {error}") from error
         match content:
@@ -222,7 +224,7 @@ class Manifest:
                 f"it has format_version {version}, written by halfbyte {written_by}; this halfbyte reads up to "
                 f"{FORMAT_VERSION}: upgrade halfbyte, or save the model again with this version"
             )
-        if content.pop("sha256", None) != _digest(content):
+        if digest != expected_digest:
             raise FileFormatError("its description was altered: the digest does not match; get the file again")
         match content:
             case {
