@@ -124,7 +124,8 @@ def speed(
     return result
 
 
-def print_quality(rows: dict[str, dict[str, object]]) -> None:
+def quality_table(rows: dict[str, dict[str, object]]) -> str:
+    """Markdown."""
     header = [
         "scheme",
         "bits/weight",
@@ -150,13 +151,20 @@ def print_quality(rows: dict[str, dict[str, object]]) -> None:
         ]
         for name, row in rows.items()
     ]
-    print(output.markdown(header, table))
-    print()
-    for name, row in rows.items():
-        print(f"- {name}: {row['text']!r}")
+    return output.markdown(header, table)
 
 
-def print_speed(rows: dict[str, dict[str, object]]) -> None:
+def text_list(rows: dict[str, dict[str, object]]) -> str:
+    """Greedy continuations, as a markdown table."""
+    return output.markdown(
+        ["scheme", "greedy text"],
+        [[name, str(row["text"]).replace("\n", " ").replace("|", "\\|")] for name, row in rows.items()],
+        left={0, 1},
+    )
+
+
+def speed_table(rows: dict[str, dict[str, object]]) -> str:
+    """Markdown."""
     header = ["scheme", "decode, tokens/s", "vs float", "prefill, tokens/s", "vs float"]
     table = [
         [
@@ -168,7 +176,7 @@ def print_speed(rows: dict[str, dict[str, object]]) -> None:
         ]
         for name, row in rows.items()
     ]
-    print(output.markdown(header, table))
+    return output.markdown(header, table)
 
 
 def main() -> None:
@@ -193,10 +201,10 @@ def main() -> None:
     for part in arguments.parts:
         if part == "quality":
             rows = quality(root, arguments.model, arguments.schemes, text, float_head=arguments.float_head)
-            print_quality(rows)
+            print(quality_table(rows), text_list(rows), sep="\n\n")
         else:
             rows = speed(root, arguments.model, arguments.schemes, text, repeats=arguments.repeats)
-            print_speed(rows)
+            print(speed_table(rows))
         print()
         if arguments.json is not None:
             output.merge_json(arguments.json, part, rows)

@@ -94,7 +94,8 @@ def speed(root: Path, chosen: list[str], pairs: minilm.Pairs, *, repeats: int) -
     return result
 
 
-def print_quality(rows: dict[str, dict[str, object]]) -> None:
+def quality_table(rows: dict[str, dict[str, object]]) -> str:
+    """Markdown."""
     header = [
         "scheme",
         "bits/weight",
@@ -121,10 +122,11 @@ def print_quality(rows: dict[str, dict[str, object]]) -> None:
         ]
         for name, row in rows.items()
     ]
-    print(output.markdown(header, table))
+    return output.markdown(header, table)
 
 
-def print_speed(rows: dict[str, dict[str, object]]) -> None:
+def speed_table(rows: dict[str, dict[str, object]]) -> str:
+    """Markdown."""
     header = ["scheme", "64 sentences, ms", "vs float", "1 sentence, ms", "vs float"]
     table = [
         [
@@ -136,7 +138,7 @@ def print_speed(rows: dict[str, dict[str, object]]) -> None:
         ]
         for name, row in rows.items()
     ]
-    print(output.markdown(header, table))
+    return output.markdown(header, table)
 
 
 def main() -> None:
@@ -159,10 +161,10 @@ def main() -> None:
     for part in arguments.parts:
         if part == "quality":
             rows = quality(root, arguments.schemes, pairs)
-            print_quality(rows)
+            print(quality_table(rows))
         else:
             rows = speed(root, arguments.schemes, pairs, repeats=arguments.repeats)
-            print_speed(rows)
+            print(speed_table(rows))
         print()
         if arguments.json is not None:
             output.merge_json(arguments.json, part, rows)

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,20 +63,22 @@ def alternate(functions: Sequence[Callable[[], object]], *, repeats: int) -> lis
     return [statistics.median(samples) for samples in seconds]
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table with aligned columns; the first column is text, the others are right-aligned."""
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """A markdown table with aligned columns: those in `left` to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         cells = [
-            cell.ljust(width) if not column else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return f"| {' | '.join(cells)} |"
 
     rule = (
         "|"
-        + "|".join("-" * (width + 2) if not column else "-" * (width + 1) + ":" for column, width in enumerate(widths))
+        + "|".join(
+            "-" * (width + 2) if column in left else "-" * (width + 1) + ":" for column, width in enumerate(widths)
+        )
         + "|"
     )
     return "\n".join([line(header), rule, *map(line, rows)])

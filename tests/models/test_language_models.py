@@ -4,7 +4,8 @@ stories260K is small enough for every scheme; the bounds that the project promis
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 import halfbyte as hb
 
 STORIES = "stories260K"
-# Largest relative change of perplexity on 24 stories. Two bits and less break a model that was not trained for it.
+# Largest relative change of perplexity on 16 stories. Two bits and less break a model that was not trained for it.
 BOUNDS = {
     "bf16": 0.003,
     "int8_weight_only": 0.003,
@@ -46,27 +47,42 @@ class Subject:
     def distance(self, model: torch.nn.Module) -> llama.Distance:
         return llama.evaluate(model, self.text.evaluation, self.reference)
 
+    def layer_errors(self, variant: str) -> dict[str, float]:
+        """Relative squared error of each quantized layer's output, its inputs being those of the float model."""
+        quantized = self.quantized(variant)
+        errors: dict[str, float] = {}
+
+        def compare(name: str) -> Callable[[torch.nn.Module, tuple[Tensor], Tensor], None]:
+            def hook(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+                ours = torch.nn.functional.linear(args[0], quantized.get_submodule(name).dequantize())
+                errors[name] = ((ours - output).square().sum() / output.square().sum()).item()
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(compare(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        llama.log_probs(self.model, self.text.evaluation[:8])
+        for handle in handles:
+            handle.remove()
+        return errors
+
 
 @pytest.fixture(scope="module")
 def stories(shared_data: Path) -> Subject:
-    return Subject(shared_data, STORIES, rows=24)
+    return Subject(shared_data, STORIES, rows=16)
 
 
 @pytest.fixture(scope="module")
 def novels(shared_data: Path) -> Subject:
-    return Subject(shared_data, "novels5M", rows=40)
+    return Subject(shared_data, "novels5M", rows=32)
 
 
 @pytest.fixture(scope="module")
-def quantized_stories(stories: Subject) -> Iterator[Callable[[str], LlamaForCausalLM]]:
-    cache: dict[str, LlamaForCausalLM] = {}
-
-    def get(variant: str) -> LlamaForCausalLM:
-        if variant not in cache:
-            cache[variant] = stories.quantized(variant)
-        return cache[variant]
-
-    return get
+def quantized_stories(stories: Subject) -> Callable[[str], LlamaForCausalLM]:
+    return functools.cache(stories.quantized)
 
 
 @pytest.mark.parametrize("variant", BOUNDS)
@@ -150,7 +166,7 @@ def test_report_counts_the_bytes_that_the_file_holds(stories: Subject, tmp_path:
     report = VARIANTS["int4 g32, MSE"].quantize_(model, [])
     hb.save(model, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
-    assert report.bytes_after <= size < report.bytes_after + 40_000  # the header: names, shapes, the quantization map
+    assert report.bytes_after <= size < report.bytes_after + 60_000  # the header: names, digests, the quantization map
 
 
 @pytest.mark.parametrize(("variant", "bound"), [("int8_weight_only", 0.001), ("int8_dynamic", 0.005)])
@@ -167,7 +183,8 @@ def test_mse_scales_beat_min_max_at_four_bits(novels: Subject) -> None:
     assert mse.kl < 7.1e-3
 
 
-def test_data_weighting_beats_plain_mse(novels: Subject) -> None:
-    plain = novels.distance(novels.quantized("int4 g32, MSE"))
-    weighted = novels.distance(novels.quantized("int4 g32, MSE + data"))
-    assert weighted.kl < plain.kl
+def test_data_weighting_lowers_the_output_error_of_layers_on_unseen_text(novels: Subject) -> None:
+    plain, weighted = novels.layer_errors("int4 g32, MSE"), novels.layer_errors("int4 g32, MSE + data")
+    better = [weighted[name] < plain[name] for name in plain if name != "lm_head"]
+    assert sum(better) > 0.8 * len(better)
+    assert sum(weighted.values()) < 0.97 * sum(plain.values())

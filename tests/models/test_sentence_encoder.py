@@ -16,7 +16,7 @@ class Subject:
 
     def __init__(self, root: Path) -> None:
         self.model = minilm.load_float(root)
-        self.pairs = minilm.load_pairs(root, 1500)
+        self.pairs = minilm.load_pairs(root, 600)
         self.batches: list[dict[str, Tensor]] = [inputs for _, inputs in minilm.batches(self.pairs, batch=16)]
         self.spearman, _ = minilm.score(minilm.embed(self.model, self.pairs), self.pairs)
 
