@@ -1,0 +1,48 @@
+"""Writes the measured tables of the documentation from the JSON files in ``benchmarks/results``.
+
+    python benchmarks/render_docs.py
+
+A page says ``<!-- table: FILE SECTION KIND -->`` and ``<!-- end -->``; what lies between is replaced by the table and a line
+with the machine and the command. So no figure in the documentation is typed by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_language_model
+import bench_sentence_encoder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MARKER = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
+    ("lm", "quality"): bench_language_model.quality_table,
+    ("lm", "text"): bench_language_model.text_list,
+    ("lm", "speed"): bench_language_model.speed_table,
+    ("encoder", "quality"): bench_sentence_encoder.quality_table,
+    ("encoder", "speed"): bench_sentence_encoder.speed_table,
+}
+
+
+def replacement(match: re.Match[str]) -> str:
+    """The marker, the table and its origin."""
+    file, section, kind = match[2], match[3], match[4]
+    document = json.loads((REPOSITORY / "benchmarks" / "results" / file).read_text(encoding="utf-8"))[section]
+    table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
+    machine = document["environment"]
+    origin = (
+        f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, PyTorch {machine['torch']}: "
+        f"`{machine['command']}`"
+    )
+    return f"{match[1]}\n{table}\n\n{origin}\n\n{match[5]}"
+
+
+def main() -> None:
+    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(MARKER.sub(replacement, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
