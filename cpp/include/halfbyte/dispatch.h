@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "halfbyte/elementwise.h"
+#include "halfbyte/gptq.h"
 #include "halfbyte/histogram.h"
 #include "halfbyte/matmul.h"
 #include "halfbyte/training.h"
@@ -17,6 +18,7 @@ struct KernelTable {
   MatmulKernels matmul;
   TrainingKernels training;
   HistogramKernels histogram;
+  GptqKernels gptq;
 };
 
 extern const KernelTable kScalarTable;

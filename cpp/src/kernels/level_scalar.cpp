@@ -3,11 +3,12 @@
 #include "simd_scalar.h"
 // The kernels below are written in terms of the primitives above, in an anonymous namespace.
 #include "elementwise.inl.h"
+#include "gptq.inl.h"
 #include "histogram.inl.h"
 #include "matmul.inl.h"
 #include "training.inl.h"
 
 namespace halfbyte {
-constinit const KernelTable kScalarTable = {"scalar", elementwise_kernels(), matmul_kernels(), training_kernels(),
-                                            histogram_kernels()};
+constinit const KernelTable kScalarTable = {"scalar",           elementwise_kernels(), matmul_kernels(),
+                                            training_kernels(), histogram_kernels(),   gptq_kernels()};
 }  // namespace halfbyte

@@ -56,4 +56,13 @@ Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Optio
                              int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,
                              torch::headeronly::ScalarType dtype);
 
+// gptq_ops.cpp: `tiles` is the lower triangle of a Hessian as gptq.h stores it.
+void hessian_update_(Tensor tiles, Tensor x);
+Tensor hessian_matrix(Tensor tiles, int64_t features);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor factor, Tensor order, OptionalTensor scale,
+                                                      OptionalTensor zero_point, OptionalTensor importance,
+                                                      int64_t bits, bool symmetric, bool narrow_range,
+                                                      int64_t group_size, int64_t grid, double max_shrink,
+                                                      torch::headeronly::ScalarType scale_dtype);
+
 }  // namespace halfbyte::ops

@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def(
       "embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Tensor? zero_point, int bits, "
       "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype) -> Tensor");
+  m.def("hessian_update_(Tensor(a!) tiles, Tensor x) -> ()");
+  m.def("hessian_matrix(Tensor tiles, int features) -> Tensor");
+  m.def(
+      "gptq_round(Tensor weight, Tensor factor, Tensor order, Tensor? scale, Tensor? zero_point, Tensor? importance, "
+      "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType scale_dtype) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
@@ -58,4 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("embedding_weight_only", TORCH_BOX(&embedding_weight_only));
+  m.impl("hessian_update_", TORCH_BOX(&hessian_update_));
+  m.impl("hessian_matrix", TORCH_BOX(&hessian_matrix));
+  m.impl("gptq_round", TORCH_BOX(&gptq_round));
 }

@@ -1,6 +1,7 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
+from halfbyte.ops.gptq import gptq_round, hessian_matrix, hessian_tiles, hessian_update_
 from halfbyte.ops.histogram import grow_histogram, histogram_update_
 from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
@@ -10,7 +11,11 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_learned",
+    "gptq_round",
     "grow_histogram",
+    "hessian_matrix",
+    "hessian_tiles",
+    "hessian_update_",
     "histogram_update_",
     "observe_minmax",
     "pack",

@@ -1,0 +1,14 @@
+// What the kernels of gptq.h mean, as plain loops in float64.
+#pragma once
+#include "halfbyte/gptq.h"
+
+namespace halfbyte::reference {
+
+// matrix[features, features] += x^T x
+void hessian(const HessianInput& input, double* matrix);
+
+// Rounds every row with the given scales (problem.search is not looked at). codes is [rows, columns]; tie[row] is how
+// close the row came to rounding another way, in steps of the scale: a float32 kernel may differ where it is tiny.
+void gptq_round(const RoundProblem& problem, uint8_t* codes, double* loss, double* tie);
+
+}  // namespace halfbyte::reference

@@ -1,0 +1,189 @@
+// Every level's Hessian sums and GPTQ rounding against the float64 loops of gptq_reference.cpp, and the levels with
+// fused multiply-add against each other, bit for bit. Buffers have exactly the right size, for AddressSanitizer.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "elementwise_reference.h"
+#include "gptq_reference.h"
+#include "halfbyte/dispatch.h"
+
+using namespace halfbyte;
+
+namespace {
+
+const char* level = "";
+
+#define CHECK(condition, ...)                                                         \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      std::fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, level, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                              \
+      std::fputc('\n', stderr);                                                       \
+      std::exit(1);                                                                   \
+    }                                                                                 \
+  } while (false)
+
+float random_unit() {
+  static uint64_t state = 88172645463325252ull;
+  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+  return static_cast<float>(state >> 40) * 0x1p-23f - 1.f;
+}
+
+std::vector<unsigned char> random_floats(int64_t count, FloatType type) {
+  std::vector<unsigned char> bytes(static_cast<size_t>(count) * (type == FloatType::kFloat32 ? 4 : 2));
+  for (int64_t i = 0; i < count; ++i) reference::from_float(random_unit(), bytes.data(), type, i);
+  return bytes;
+}
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+std::unique_ptr<void, Free> aligned(int64_t bytes) {
+  return std::unique_ptr<void, Free>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+}
+
+void check_hessian(int64_t tokens, int64_t features, FloatType type) {
+  const auto x = random_floats(tokens * features, type);
+  const HessianInput input = {x.data(), type, tokens, features};
+  std::vector<double> expected(static_cast<size_t>(features * features));
+  reference::hessian(input, expected.data());
+  const int64_t panels = ceil_div(features, kPanelWidth);
+  std::vector<double> fused;
+  for (const auto& name : supported_levels()) {
+    set_active_level(name);
+    level = name.c_str();
+    const GptqKernels& kernel = kernels().gptq;
+    std::vector<double> tiles(static_cast<size_t>(hessian_tiles(features) * kPanelWidth * kPanelWidth));
+    const auto scratch = aligned(kernel.hessian_scratch * 4);
+    for (int64_t i = 0; i < panels; i += 3) {
+      for (int64_t j = 0; j <= i; j += 3) {
+        const PanelBlock block = {i, std::min(i + 3, panels), j, std::min(j + 3, panels)};
+        kernel.hessian_block(input, block, tiles.data(), static_cast<float*>(scratch.get()));
+      }
+    }
+    for (int64_t i = 0; i < features; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        const int64_t row = i / kPanelWidth, column = j / kPanelWidth;
+        const int64_t tile = row * (row + 1) / 2 + column;
+        const double sum =
+            tiles[static_cast<size_t>((tile * kPanelWidth + i % kPanelWidth) * kPanelWidth + j % kPanelWidth)];
+        const double difference = std::fabs(sum - expected[static_cast<size_t>(i * features + j)]);
+        CHECK(difference <= 1e-6 * static_cast<double>(tokens), "[%d, %d] of %d: %g", static_cast<int>(i),
+              static_cast<int>(j), static_cast<int>(features), difference);
+      }
+    }
+    if (name == "scalar") continue;
+    CHECK(fused.empty() || fused == tiles, "differs from another level at %d features", static_cast<int>(features));
+    fused = tiles;
+  }
+}
+
+struct Format {
+  int bits;
+  bool symmetric, narrow_range;
+};
+
+void check_round(int64_t rows, int64_t columns, int64_t group_size, const Format& format, FloatType type) {
+  const int64_t slots = round_up(columns, kFeedbackColumns), groups = columns / group_size;
+  const auto weight = random_floats(rows * columns, type);
+  std::vector<int32_t> column_of_slot(static_cast<size_t>(slots), -1);
+  for (int64_t s = 0; s < columns; ++s) column_of_slot[static_cast<size_t>(s)] = static_cast<int32_t>(columns - 1 - s);
+  std::vector<RoundBlock> blocks;
+  for (int64_t begin = 0; begin < slots; begin += kRoundBlock) {
+    const int64_t end = std::min(begin + kRoundBlock, slots);
+    blocks.push_back({begin, end, begin, end});
+  }
+  std::vector<float> feedback(static_cast<size_t>(feedback_offset(slots / kFeedbackColumns)));
+  std::vector<float> pivot(static_cast<size_t>(slots));
+  for (int64_t k = 0; k < columns; ++k) {
+    pivot[static_cast<size_t>(k)] = 1.5f + random_unit();
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t at = feedback_offset(k / kFeedbackColumns) + j * kFeedbackColumns + k % kFeedbackColumns;
+      feedback[static_cast<size_t>(at)] = random_unit() * 0.2f;
+    }
+  }
+  std::vector<float> scale(static_cast<size_t>(rows * groups));
+  std::vector<int32_t> zero_point(static_cast<size_t>(rows * groups));
+  for (float& s : scale) s = (1.5f + random_unit()) / static_cast<float>(1 << format.bits);
+  if (!format.symmetric) {
+    for (int32_t& z : zero_point)
+      z = static_cast<int32_t>((random_unit() + 1.f) * 0.5f * static_cast<float>((1 << format.bits) - 1));
+  }
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * columns)), expected(codes.size());
+  std::vector<float> loss(static_cast<size_t>(rows));
+  std::vector<double> expected_loss(loss.size()), tie(loss.size());
+  const RoundProblem problem = {.weight = weight.data(),
+                                .weight_type = type,
+                                .rows = rows,
+                                .columns = columns,
+                                .column_of_slot = column_of_slot.data(),
+                                .slots = slots,
+                                .blocks = blocks.data(),
+                                .block_count = static_cast<int64_t>(blocks.size()),
+                                .longest_range = std::min(slots, kRoundBlock),
+                                .feedback = feedback.data(),
+                                .pivot = pivot.data(),
+                                .group_size = group_size,
+                                .search = false,
+                                .options = {.bits = format.bits,
+                                            .symmetric = format.symmetric,
+                                            .narrow_range = format.narrow_range,
+                                            .steps = 1,
+                                            .shrink_step = 0.f,
+                                            .scale_type = FloatType::kFloat32},
+                                .importance = nullptr,
+                                .scale = scale.data(),
+                                .zero_point = zero_point.data(),
+                                .codes = codes.data(),
+                                .loss = loss.data()};
+  reference::gptq_round(problem, expected.data(), expected_loss.data(), tie.data());
+  std::vector<uint8_t> fused;
+  for (const auto& name : supported_levels()) {
+    set_active_level(name);
+    level = name.c_str();
+    const GptqKernels& kernel = kernels().gptq;
+    std::fill(codes.begin(), codes.end(), uint8_t{0xaa});
+    for (int64_t row = 0; row < rows; row += kRoundPanels * kPanelWidth) {
+      const int64_t end = std::min(row + kRoundPanels * kPanelWidth, rows);
+      const auto scratch = aligned(kernel.round_scratch(problem, end - row));
+      kernel.round_rows(problem, row, end, scratch.get());
+    }
+    int64_t decided = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (tie[static_cast<size_t>(row)] < 1e-4) continue;  // float32 may round the other way
+      ++decided;
+      for (int64_t i = row * columns; i < (row + 1) * columns; ++i) {
+        CHECK(codes[static_cast<size_t>(i)] == expected[static_cast<size_t>(i)], "%d bits, row %d: %d, not %d",
+              format.bits, static_cast<int>(row), codes[static_cast<size_t>(i)], expected[static_cast<size_t>(i)]);
+      }
+      const double wanted = expected_loss[static_cast<size_t>(row)];
+      CHECK(std::fabs(loss[static_cast<size_t>(row)] - wanted) <= 1e-4 * wanted, "loss %g, not %g",
+            static_cast<double>(loss[static_cast<size_t>(row)]), wanted);
+    }
+    CHECK(decided * 2 > rows, "too many ties");
+    if (name == "scalar") continue;
+    CHECK(fused.empty() || fused == codes, "differs from another level");
+    fused = codes;
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
+    for (int64_t features : {1, 47, 48, 49, 200}) check_hessian(131, features, type);
+    check_round(50, 72, 24, {4, false, false}, type);
+  }
+  check_hessian(0, 50, FloatType::kFloat32);
+  for (int bits = 1; bits <= 8; ++bits) {
+    check_round(100, 130, 26, {bits, false, false}, FloatType::kFloat32);
+    check_round(250, 137, 137, {bits, true, false}, FloatType::kFloat32);
+    if (bits > 1) check_round(17, 8, 4, {bits, true, true}, FloatType::kFloat32);
+  }
+  std::puts("ok");
+}
