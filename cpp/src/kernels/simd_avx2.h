@@ -1,0 +1,73 @@
+// The avx2 level's primitives: the dot product by 16-bit multiply-adds, none of which can saturate.
+#pragma once
+#include "simd_avx2_common.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int kTileRows = 4;
+constexpr int kTilePanels = 1;
+constexpr int kSplitBelow = 4;
+constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
+
+// Up to 7 bits, vpmaddubsw's sums of two products fit in 16 bits: |127 * -128 * 2| = 32512 < 2^15. With 8 bits they do
+// not, so even and odd bytes are widened to 16 bits apart and vpmaddwd adds pairs of exact 32-bit products.
+struct WideRow {
+  U8x64 even, odd;
+};
+struct WideQuad {
+  __m256i even, odd;
+};
+template <int Bits>
+struct DotOperands {
+  using Row = U8x64;
+  using Quad = __m256i;
+};
+template <>
+struct DotOperands<8> {
+  using Row = WideRow;
+  using Quad = WideQuad;
+};
+template <int Bits>
+using DotRow = typename DotOperands<Bits>::Row;
+template <int Bits>
+using DotQuad = typename DotOperands<Bits>::Quad;
+
+template <int Bits>
+HALFBYTE_INLINE DotRow<Bits> dot_row(U8x64 codes) {
+  if constexpr (Bits == 8) {
+    const __m256i low_bytes = _mm256_set1_epi16(0xff);
+    return {{_mm256_and_si256(codes.lo, low_bytes), _mm256_and_si256(codes.hi, low_bytes)},
+            {_mm256_srli_epi16(codes.lo, 8), _mm256_srli_epi16(codes.hi, 8)}};
+  } else {
+    return codes;
+  }
+}
+template <int Bits>
+HALFBYTE_INLINE DotQuad<Bits> load_quad(const int8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, sizeof(quad));
+  const __m256i a = _mm256_set1_epi32(quad);
+  if constexpr (Bits == 8) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(a, 8)};
+  } else {
+    return a;
+  }
+}
+template <int Bits>
+HALFBYTE_INLINE I32x16 dot(I32x16 acc, const DotRow<Bits>& w, const DotQuad<Bits>& a) {
+  if constexpr (Bits == 8) {
+    acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.even.lo, a.even));
+    acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.even.hi, a.even));
+    acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.odd.lo, a.odd));
+    acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.odd.hi, a.odd));
+  } else {
+    const __m256i ones = _mm256_set1_epi16(1);
+    acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, a), ones));
+    acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, a), ones));
+  }
+  return acc;
+}
+
+}  // namespace
+}  // namespace halfbyte
