@@ -43,6 +43,11 @@ inline void check_type(const Tensor& tensor, ScalarType type, const char* name) 
         torch::headeronly::toString(type));
 }
 
+inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must have shape [", rows,
+        ", ", columns, "]");
+}
+
 // The tensor itself, or a contiguous copy.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
