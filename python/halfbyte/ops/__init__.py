@@ -1,14 +1,17 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
+from halfbyte.ops.embedding import embedding_weight_only
 from halfbyte.ops.gptq import gptq_round, hessian_matrix, hessian_tiles, hessian_update_
 from halfbyte.ops.histogram import grow_histogram, histogram_update_
 from halfbyte.ops.learned import fake_quantize_learned
+from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
 
 __all__ = [
     "Layout",
     "dequantize",
+    "embedding_weight_only",
     "fake_quantize",
     "fake_quantize_learned",
     "gptq_round",
@@ -17,6 +20,9 @@ __all__ = [
     "hessian_tiles",
     "hessian_update_",
     "histogram_update_",
+    "linear_int4_int8",
+    "linear_int8",
+    "linear_weight_only",
     "observe_minmax",
     "pack",
     "packed_shape",

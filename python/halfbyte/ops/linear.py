@@ -1,0 +1,322 @@
+"""Products of activations with packed weights: float activations (`linear_weight_only`) or INT8 ones (`linear_int8`).
+
+Weights are in the tiles layout. `matmul.h` fixes the order of the arithmetic: results are equal bit for bit on every ISA
+level, for every number of rows and threads. Gradients flow to `x` and `bias`, straight through the rounding of `x`; the
+integers of the weight have none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
+from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_float, check_group_size
+from halfbyte.ops.elementwise import dequantize
+from halfbyte.ops.packing import packed_shape, unpack
+
+__all__ = ["linear_int4_int8", "linear_int8", "linear_weight_only"]
+
+_linear_weight_only = torch.ops.halfbyte.linear_weight_only.default
+_linear_int8 = torch.ops.halfbyte.linear_int8.default
+
+
+def linear_weight_only(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    out_features: int,
+    group_size: int | None = None,
+) -> Tensor:
+    """`x Wᵀ + bias` with `W[o, i] = (u - zero_point[g, o]) * scale[g, o]`, accumulated in float32.
+
+    Args:
+        x: `[..., I]`; float32, bfloat16 or float16.
+        qweight: uint8 codes in the tiles layout, `hb.ops.pack(codes, bits, layout="tiles", group_size=group_size)`.
+        scale: `[G, O]`, transposed; float32, bfloat16 or float16.
+        zero_point: `[G, O]` uint8; None for symmetric weights (signed codes) and, with `bits=1`, for ±scale.
+        bias: `[O]`, any of the three float dtypes.
+        bits: 1 to 8.
+        out_features: O.
+        group_size: Inputs that share a scale; None: all of a row.
+
+    Returns:
+        `[..., O]` in the dtype of `x`.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: A shape does not fit the others.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> codes = torch.tensor([[1, -2, 3, 0]], dtype=torch.int8)
+        >>> qweight = hb.ops.pack(codes, 4, layout="tiles")
+        >>> hb.ops.linear_weight_only(torch.ones(2, 4), qweight, torch.tensor([[0.5]]), bits=4, out_features=1)
+        tensor([[1.],
+                [1.]])
+    """
+    group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+    y: Tensor = _linear_weight_only(x, qweight, scale, zero_point, bias, bits, out_features, group)
+    return y
+
+
+def linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int = 8,
+    out_features: int,
+    group_size: int | None = None,
+    act_scale: Tensor | None = None,
+    act_zero_point: Tensor | None = None,
+) -> Tensor:
+    """`x Wᵀ + bias` with exact integer products of INT8 activations and 1- to 8-bit weights.
+
+    Args:
+        x: `[..., I]`; float32, bfloat16 or float16. Quantized here, to INT8.
+        qweight: As in `linear_weight_only`.
+        scale: As in `linear_weight_only`.
+        zero_point: As in `linear_weight_only`.
+        bias: As in `linear_weight_only`.
+        bits: 1 to 8.
+        out_features: O.
+        group_size: Inputs that share a scale; None: all of a row.
+        act_scale: One float32: quantize every row with it. None: each row with `absmax / 127`, codes in [-127, 127].
+        act_zero_point: One int32 in [-128, 127], with `act_scale`; None: 0.
+
+    Returns:
+        `[..., O]` in the dtype of `x`.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: A shape does not fit the others.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> codes = torch.tensor([[100, -50, 25, 0]], dtype=torch.int8)
+        >>> qweight = hb.ops.pack(codes, 8, layout="tiles")
+        >>> hb.ops.linear_int8(torch.ones(1, 4), qweight, torch.tensor([[0.5]]), out_features=1)
+        tensor([[37.5000]])
+    """
+    group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+    if act_scale is not None:
+        _check_single(act_scale, "act_scale", torch.float32)
+    if act_zero_point is not None:
+        if act_scale is None:
+            raise ValueError("act_zero_point is given without act_scale; pass both, or neither for dynamic activations")
+        _check_single(act_zero_point, "act_zero_point", torch.int32)
+    y: Tensor = _linear_int8(x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point)
+    return y
+
+
+def linear_int4_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    group_size: int | None = None,
+    act_scale: Tensor | None = None,
+    act_zero_point: Tensor | None = None,
+) -> Tensor:
+    """`linear_int8` with 4-bit weights (W4A8).
+
+    Args:
+        x: `[..., I]`; float32, bfloat16 or float16.
+        qweight: 4-bit codes in the tiles layout.
+        scale: `[G, O]`.
+        zero_point: `[G, O]` uint8 or None.
+        bias: `[O]` or None.
+        out_features: O.
+        group_size: Inputs that share a scale; None: all of a row.
+        act_scale: One float32, or None for dynamic activations.
+        act_zero_point: One int32, or None.
+
+    Returns:
+        `[..., O]` in the dtype of `x`.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> qweight = hb.ops.pack(torch.tensor([[1, -2, 3, 0]], dtype=torch.int8), 4, layout="tiles")
+        >>> hb.ops.linear_int4_int8(torch.ones(1, 4), qweight, torch.tensor([[0.5]]), out_features=1)
+        tensor([[1.]])
+    """
+    return linear_int8(
+        x,
+        qweight,
+        scale,
+        zero_point,
+        bias,
+        bits=4,
+        out_features=out_features,
+        group_size=group_size,
+        act_scale=act_scale,
+        act_zero_point=act_zero_point,
+    )
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    group_size: int | None,
+) -> int:
+    """Checks the operands of a linear layer; returns the group size as a number."""
+    check_float(x, "x")
+    check_bits(bits)
+    if x.dim() == 0:
+        raise ValueError("x has no dimensions; it needs [..., in_features]")
+    in_features = x.shape[-1]
+    group = max(in_features, 1) if group_size is None else group_size
+    check_group_size(group, in_features, "x")
+    if qweight.dtype is not torch.uint8:
+        raise TypeError(f"qweight has dtype {qweight.dtype}; hb.ops.pack(..., layout='tiles') gives torch.uint8")
+    expected = packed_shape((out_features, in_features), bits, layout="tiles", group_size=group)
+    if qweight.shape != expected:
+        raise ValueError(
+            f"qweight has shape {tuple(qweight.shape)}; x of shape {tuple(x.shape)}, out_features={out_features}, "
+            f"bits={bits}, group_size={group_size} need {expected}"
+        )
+    groups = (in_features // group, out_features)
+    if scale.dtype not in FLOAT_DTYPES:
+        check_float(scale, "scale")
+    if scale.shape != groups:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; it needs [groups, out_features] = {groups}")
+    if zero_point is not None:
+        if zero_point.dtype is not torch.uint8:
+            raise TypeError(f"zero_point has dtype {zero_point.dtype}; use torch.uint8")
+        if zero_point.shape != groups:
+            raise ValueError(f"zero_point has shape {tuple(zero_point.shape)}; it needs {groups}, as scale")
+    if bias is not None:
+        check_float(bias, "bias")
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs ({out_features},)")
+    return group
+
+
+def _check_single(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; use {dtype}")
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs one element")
+
+
+def _output_like(x: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_weight_only_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    return _output_like(x, out_features)
+
+
+def _linear_int8_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    group_size: int,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+) -> Tensor:
+    return _output_like(x, out_features)
+
+
+torch.library.register_fake("halfbyte::linear_weight_only", _linear_weight_only_fake)
+torch.library.register_fake("halfbyte::linear_int8", _linear_int8_fake)
+
+
+# Gradients: those of the float product with the dequantized weight. What x is rounded to is passed straight through.
+
+
+def dequantized_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The float32 weight `[O, I]` that the products stand for."""
+    signed = zero_point is None and bits > 1
+    codes = unpack(
+        qweight, bits, shape=(out_features, in_features), layout="tiles", group_size=group_size, signed=signed
+    )
+    scale = scale.float().t()
+    if zero_point is not None:
+        zeros = zero_point.t().to(torch.int32)
+    else:
+        zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
+        if bits == 1:
+            codes = codes.to(torch.int8) * 2 - 1
+    return dequantize(codes, scale.contiguous(), zeros.contiguous(), group_size=group_size)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    x, qweight, scale, zero_point, bias, bits, out_features, group_size = inputs[:8]
+    assert isinstance(x, Tensor)
+    ctx.save_for_backward(qweight, scale, zero_point)  # type: ignore[arg-type]
+    ctx.bits, ctx.out_features, ctx.group_size = bits, out_features, group_size  # type: ignore[attr-defined]
+    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype  # type: ignore[attr-defined]
+    ctx.bias_dtype = bias.dtype if isinstance(bias, Tensor) else None  # type: ignore[attr-defined]
+
+
+def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    qweight, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_x = grad_bias = None
+    needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+    if needs[0]:
+        weight = dequantized_weight(
+            qweight,
+            scale,
+            zero_point,
+            bits=ctx.bits,  # type: ignore[attr-defined]
+            out_features=ctx.out_features,  # type: ignore[attr-defined]
+            in_features=ctx.in_features,  # type: ignore[attr-defined]
+            group_size=ctx.group_size,  # type: ignore[attr-defined]
+        )
+        grad_x = (grad.float() @ weight).to(ctx.x_dtype)  # type: ignore[attr-defined]
+    if needs[4]:
+        grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)  # type: ignore[attr-defined]
+    return grad_x, grad_bias
+
+
+def _weight_only_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_bias = _gradients(ctx, grad)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+def _int8_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_bias = _gradients(ctx, grad)
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+
+
+torch.library.register_autograd("halfbyte::linear_weight_only", _weight_only_backward, setup_context=_setup_context)
+torch.library.register_autograd("halfbyte::linear_int8", _int8_backward, setup_context=_setup_context)
