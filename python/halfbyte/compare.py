@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from halfbyte.calibration import Data, Forward, check_data, evaluating, run_batch
 from halfbyte.errors import QuantizationError
 from halfbyte.outputs import output_tensors
-from halfbyte.table import Table
+from halfbyte.schemes import Scheme
+from halfbyte.table import Table, fold_by_name
 from halfbyte.targets import is_converted, is_target
 
 Kind = Literal["logits", "regression"]
@@ -94,6 +95,8 @@ class ModuleComparison:
 class CompareReport:
     """What `compare` found; prints as two tables, shows as such in a notebook.
 
+    Modules whose names differ only in numbers share a line, with the worst error; `modules` and `worst_modules` have each.
+
     Attributes:
         outputs: One entry for each tensor that the models return.
         modules: One entry for each quantized module, in the order of the model.
@@ -132,9 +135,11 @@ class CompareReport:
             positions = str(o.positions) if o.positions else ""
             outputs.add(o.name, error, f"{o.sqnr_db:.1f}", f"{o.max_abs_error:.2e}", cosine, kl, top1, positions)
         modules = Table(["module", "format", "calls", "rel. error", "SQNR dB"], right={2, 3, 4})
-        for m in self.modules:
-            error = "never ran" if m.relative_error is None else f"{m.relative_error:.2e}"
-            modules.add(m.name, m.scheme, str(m.calls), error, "" if m.sqnr_db is None else f"{m.sqnr_db:.1f}")
+        for label, some in fold_by_name(self.modules, lambda m: m.name, lambda m: (m.scheme, m.calls == 0)):
+            worst = max(some, key=lambda m: m.relative_error or 0.0)
+            error = "never ran" if worst.relative_error is None else f"{worst.relative_error:.2e}"
+            sqnr = "" if worst.sqnr_db is None else f"{worst.sqnr_db:.1f}"
+            modules.add(label, worst.scheme, str(sum(m.calls for m in some)), error, sqnr)
         return outputs, modules
 
     def __str__(self) -> str:
@@ -360,8 +365,12 @@ class _OwnError:
     def result(self, name: str) -> ModuleComparison:
         """The figures."""
         error = _ratio(self._error, self._signal) if self._calls else None
-        scheme = str(getattr(self._quantized, "scheme", ""))
-        return ModuleComparison(name=name, scheme=scheme, calls=self._calls, relative_error=error)
+        scheme = self._quantized.scheme
+        assert isinstance(scheme, Scheme)
+        table = hasattr(self._quantized, "num_embeddings")  # which has no activations to speak of
+        return ModuleComparison(
+            name=name, scheme=str(scheme.weight if table else scheme), calls=self._calls, relative_error=error
+        )
 
 
 def _row_chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

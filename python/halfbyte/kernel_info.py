@@ -12,7 +12,7 @@ from halfbyte.nn import QuantizedEmbedding, QuantizedModule
 from halfbyte.nn.packed_weight import PANEL
 from halfbyte.ops.packing import unit_inputs
 from halfbyte.plan import kernel_name
-from halfbyte.table import Table, format_bytes
+from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted
 
 
@@ -59,9 +59,13 @@ class KernelInfo:
 
     def _table(self) -> Table:
         table = Table(["module", "operator", "kernel", "level", "layout", "tile", "bytes"], right={6})
-        for m in self.modules:
-            size = format_bytes(m.bytes) if m.bytes else "shared"
-            table.add(m.name or "(module)", m.operator, m.kernel, m.level, m.layout, m.tile, size)
+
+        def shown(m: ModuleKernel) -> tuple[str, ...]:
+            return m.operator, m.kernel, m.level, m.layout, m.tile, "" if m.bytes else "shared"
+
+        for label, modules in fold_by_name(self.modules, lambda m: m.name, shown):
+            *cells, shared = shown(modules[0])
+            table.add(label or "(module)", *cells, shared or format_bytes(sum(m.bytes for m in modules)))
         table.total("total", "", "", "", "", "", format_bytes(sum(m.bytes for m in self.modules)))
         return table
 

@@ -29,7 +29,7 @@ from halfbyte.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, Quant
 from halfbyte.outputs import output_tensors, same_bits
 from halfbyte.plan import kernel_name
 from halfbyte.reference import embedding_reference, linear_reference
-from halfbyte.table import Table
+from halfbyte.table import Table, fold_by_name
 
 _FLOAT32_INTEGERS = 2.0**23  # below it, y = s * T in float32 gives T back
 
@@ -94,6 +94,8 @@ class ModelCheck:
 class VerifyReport:
     """What `verify` found; prints as a table, shows as one in a notebook.
 
+    Modules whose names differ only in numbers share a line of the table, with their counts summed and the worst rounding.
+
     Attributes:
         modules: One entry for each quantized module.
         checks: Checks of the whole model.
@@ -152,19 +154,24 @@ class VerifyReport:
         table = Table(
             ["module", "kernel", "calls", "rows", "integers", "rounding / bound", "result"], right={2, 3, 4, 5}
         )
-        for m in self.modules:
-            result = "ok" if m.ok else f"FAILED: {', '.join(_faults(m))}"
-            if m.calls == 0 and m.ok:
-                result = "never ran (packing ok)"
-            integers = f"{m.integers} equal" if m.integers and m.integers_equal else ""
-            worst = f"{m.worst_rounding:.2f}" if m.calls else ""
-            table.add(m.name, m.kernel, str(m.calls), str(m.rows), integers, worst, result)
+
+        def shown(m: ModuleVerification) -> tuple[str, str]:
+            if not m.ok:
+                return m.kernel, f"FAILED: {', '.join(_faults(m))}"
+            return m.kernel, "ok" if m.calls else "never ran (packing ok)"
+
+        for label, modules in fold_by_name(self.modules, lambda m: m.name, shown):
+            kernel, result = shown(modules[0])
+            integers = sum(m.integers for m in modules if m.integers_equal)
+            worst = f"{max(m.worst_rounding for m in modules):.2f}" if modules[0].calls else ""
+            calls, rows = sum(m.calls for m in modules), sum(m.rows for m in modules)
+            table.add(label, kernel, str(calls), str(rows), f"{integers} equal" if integers else "", worst, result)
         for check in self.checks:
             result = "ok" if check.passed else "FAILED"
             table.add(f"(model) {check.name}", "", "", "", "", "", f"{result}: {check.note}" if check.note else result)
         threads = ", ".join(map(str, self.threads))
         where = f"levels {', '.join(self.levels)}; threads {threads}; {self.batches} batches; {self.seconds:.1f} s"
-        table.total("all equal" if self.ok else "FAILED", where, "", "", "", "", "")
+        table.total("all equal" if self.ok else "FAILED", "", "", "", "", "", where)
         return table
 
     def __str__(self) -> str:
@@ -303,7 +310,7 @@ class _Watch:
         if not len(some):
             return
         self._rows += len(some)
-        for level, threads in product(self._settings.levels, self._settings.threads):
+        for threads, level in product(self._settings.threads, self._settings.levels):
             self._settings.use(level, threads)
             self._same &= same_bits(self._module.forward(rows), given)
         self._settings.use_own()
