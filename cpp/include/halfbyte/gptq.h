@@ -26,7 +26,7 @@ constexpr int64_t kFeedbackColumns = 8;  // columns in one panel of feedback fac
 constexpr int64_t kRoundBlock = 128;     // columns whose errors are fed back at once
 constexpr int64_t kRoundPanels = 4;      // panels of rows in one call of round_rows, at most
 
-constexpr int64_t hessian_tiles(int64_t features) {
+static constexpr int64_t hessian_tiles(int64_t features) {
   const int64_t panels = ceil_div(features, kPanelWidth);
   return panels * (panels + 1) / 2;
 }
@@ -75,7 +75,7 @@ struct RoundProblem {
   float* loss;          // [rows]
 };
 
-constexpr int64_t feedback_offset(int64_t panel) {
+static constexpr int64_t feedback_offset(int64_t panel) {
   return kFeedbackColumns * kFeedbackColumns * (panel * (panel + 1) / 2);
 }
 

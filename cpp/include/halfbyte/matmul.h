@@ -35,12 +35,12 @@ struct TiledWeight {
 };
 
 // Chunks of at most kMaxChunk inputs in one group.
-inline int64_t chunks_per_group(const TileShape& shape) { return ceil_div(shape.padded_group(), kMaxChunk); }
+static inline int64_t chunks_per_group(const TileShape& shape) { return ceil_div(shape.padded_group(), kMaxChunk); }
 
 // Distance of two rows of activations, in elements: an odd number of cache lines, so that the same column of several
 // rows does not compete for one cache set.
-inline int64_t code_stride(const TileShape& shape) { return round_up(shape.padded_in(), 64) | 64; }
-inline int64_t float_stride(const TileShape& shape) { return round_up(shape.padded_in(), 16) | 16; }
+static inline int64_t code_stride(const TileShape& shape) { return round_up(shape.padded_in(), 64) | 64; }
+static inline int64_t float_stride(const TileShape& shape) { return round_up(shape.padded_in(), 16) | 16; }
 
 // int8 rows laid out as the products read them: group padding zeroed.
 struct QuantizedRows {

@@ -7,8 +7,8 @@
 // rows:  last dimension packed on its own. For each plane of p bits, ceil(I*p/8) bytes; element i sits in byte i*p/8 at
 //        bit (i*p)%8. A row is its planes one after another. Used by embeddings and by anything that gathers rows.
 // tiles: a weight [O, I] for matrix products. Panels of 16 outputs; in a panel, K is cut into units of `k_unit(bits)`
-//        inputs, and each group of the format is padded (code 0) to whole units. A plane of p bits holds, per 64-byte row,
-//        16 outputs x 4 inputs x (8/p) consecutive quads of inputs: byte c*4 + j has, at bit p*t, the code of
+//        inputs, and each group of the format is padded (code 0) to whole units. A plane of p bits holds, per 64-byte
+//        row, 16 outputs x 4 inputs x (8/p) consecutive quads of inputs: byte c*4 + j has, at bit p*t, the code of
 //        output 16*panel + c, input k + 4*t + j. A unit is its planes one after another: 16*k_unit*bits/8 bytes.
 //        Outputs past O have code 0. Shape [panels, units * unit_bytes].
 #pragma once
@@ -19,8 +19,8 @@ namespace halfbyte {
 constexpr int64_t kPanel = 16;  // outputs in one panel of the tiles layout
 
 // Inputs in one unit of the tiles layout.
-constexpr int64_t k_unit(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
-constexpr int64_t unit_bytes(int bits) { return kPanel * k_unit(bits) * bits / 8; }
+static constexpr int64_t k_unit(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+static constexpr int64_t unit_bytes(int bits) { return kPanel * k_unit(bits) * bits / 8; }
 
 // Calls f(plane_bits, shift) for each plane of a width, low bits first.
 template <class F>
@@ -34,7 +34,7 @@ constexpr void for_each_plane(int bits, F&& f) {
   }
 }
 
-inline int64_t packed_row_bytes(int64_t length, int bits) {
+static inline int64_t packed_row_bytes(int64_t length, int bits) {
   int64_t bytes = 0;
   for_each_plane(bits, [&](int plane, int) { bytes += ceil_div(length * plane, 8); });
   return bytes;

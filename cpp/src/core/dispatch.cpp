@@ -43,8 +43,8 @@ const KernelTable* find(const std::string& name) {
   for (const Level& level : kLevels) {
     if (name == level.table->name && level.supported()) return level.table;
   }
-  throw std::invalid_argument("CPU capability '" + name + "' is not available here; use one of: " +
-                              joined(supported_levels()));
+  throw std::invalid_argument("CPU capability '" + name +
+                              "' is not available here; use one of: " + joined(supported_levels()));
 }
 
 const KernelTable* initial() {

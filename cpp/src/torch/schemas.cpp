@@ -6,13 +6,17 @@
 using namespace halfbyte::ops;
 
 STABLE_TORCH_LIBRARY(halfbyte, m) {
-  m.def("fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
+  m.def(
+      "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> "
+      "Tensor");
   m.def(
       "fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) "
       "-> (Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor");
-  m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
-  m.def("dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, int? group_size) -> Tensor");
+  m.def(
+      "dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, int? group_size, ScalarType dtype) -> Tensor");
   m.def("observe_minmax(Tensor x, int? axis, int? group_size) -> (Tensor, Tensor)");
   m.def(
       "search_qparams(Tensor w, Tensor? importance, int bits, bool symmetric, bool narrow_range, int group_size, "
@@ -28,7 +32,8 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
   m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
   m.def(
-      "unpack_tiles(Tensor packed, int bits, int out_features, int in_features, int group_size, bool signed) -> Tensor");
+      "unpack_tiles(Tensor packed, int bits, int out_features, int in_features, int group_size, bool signed) -> "
+      "Tensor");
   m.def(
       "linear_weight_only(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
       "int out_features, int group_size) -> Tensor");
@@ -42,7 +47,8 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def("hessian_matrix(Tensor tiles, int features) -> Tensor");
   m.def(
       "gptq_round(Tensor weight, Tensor factor, Tensor order, Tensor? scale, Tensor? zero_point, Tensor? importance, "
-      "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType scale_dtype) "
+      "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType "
+      "scale_dtype) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
