@@ -17,7 +17,7 @@
 namespace halfbyte {
 
 constexpr int64_t kGradientBlock = 4096;  // elements of a run that are summed in float32: 256 in each of 16 lanes
-constexpr int64_t kGradientRows = kGradientBlock / kElementLanes;  // rows that are summed in float32
+constexpr int64_t kGradientRows = 64;     // rows that are summed in float32
 
 // Sums over grad as above, without the factors.
 struct GradientSums {

@@ -57,9 +57,9 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
   const auto* upstream = static_cast<const Element<Type>*>(grad);
   auto* out = static_cast<Element<Type>*>(grad_x);
   const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
+  int64_t run = block_begin / blocks, offset = block_begin % blocks * kGradientBlock, channel = run % grid.channels;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t run = block / blocks, offset = block % blocks * kGradientBlock;
-    const int64_t channel = run % grid.channels, begin = run * grid.run_length + offset;
+    const int64_t begin = run * grid.run_length + offset;
     const auto zero_point = static_cast<float>(grid.zero_point[channel]);
     const Lanes inverse_scale = broadcast(1.f / grid.scale[channel]);
     const Lanes lowest = broadcast(static_cast<float>(grid.qmin) - zero_point);
@@ -75,6 +75,11 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
         });
     sums.scale[block] = sum(scale_sum);
     sums.zero_point[block] = sum(zero_point_sum);
+    offset += kGradientBlock;
+    if (offset < grid.run_length) continue;
+    offset = 0;
+    ++run;
+    if (++channel == grid.channels) channel = 0;
   }
 }
 

@@ -11,7 +11,7 @@ namespace halfbyte::ops {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;       // elements a thread takes at least
-constexpr int64_t kStrip = 512;           // columns whose qparams and sums stay in the first-level cache
+constexpr int64_t kStrip = 1024;          // columns whose qparams and sums stay in the first-level cache
 constexpr int64_t kMinColumns = 64;       // narrower matrices are read as fewer, wider rows
 constexpr int64_t kNarrowColumns = 1024;  // up to here, rows are joined until they fill whole vectors
 
