@@ -1,4 +1,4 @@
-"""Times fake_quantize, quantize, dequantize and observe_minmax beside PyTorch's own operators.
+"""Times fake_quantize, its learned form, quantize, dequantize, observe_minmax and histograms beside PyTorch's own.
 
     python benchmarks/bench_elementwise.py [--threads 2] [--repeats 30] [--json FILE]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.ao.quantization.observer import HistogramObserver
 
 import halfbyte as hb
 
@@ -181,6 +182,47 @@ def cases(shape: tuple[int, int]) -> list[Case]:
     ]
 
 
+def learned_cases(shape: tuple[int, int]) -> list[Case]:
+    """Forward and backward with learned scale and zero point: three gradients."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    found: list[Case] = []
+    for granularity, axis, channels in (("tensor", None, 1), ("axis 0", 0, shape[0]), ("last axis", 1, shape[1])):
+        scale = torch.full((channels,), 0.03, requires_grad=True)
+        zero_point = torch.full((channels,), 3.0, requires_grad=True)
+
+        def ours(v: Tensor, scale: Tensor = scale, zero_point: Tensor = zero_point, axis: int | None = axis) -> Tensor:
+            scale.grad = zero_point.grad = None
+            return hb.ops.fake_quantize_learned(v, scale, zero_point, qmin=-128, qmax=127, axis=axis)
+
+        def peer(v: Tensor, scale: Tensor = scale, zero_point: Tensor = zero_point, axis: int | None = axis) -> Tensor:
+            scale.grad = zero_point.grad = None
+            if axis is None:
+                return torch._fake_quantize_learnable_per_tensor_affine(v, scale, zero_point, -128, 127, 1.0)
+            return torch._fake_quantize_learnable_per_channel_affine(v, scale, zero_point, axis, -128, 127, 1.0)
+
+        calls = forward_backward(ours, x, grad), forward_backward(peer, x, grad)
+        found.append(("fake_quantize_learned fwd+bwd", granularity, "torch", *calls))
+    return found
+
+
+def histogram_cases(shape: tuple[int, int]) -> list[Case]:
+    """2,048 bins over a fixed range that holds all values."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    counts = torch.zeros(2048, dtype=torch.int64)
+    observer = HistogramObserver(bins=2048)
+    observer(2 * x)  # from here on its range is wide enough
+
+    def ours() -> Tensor:
+        return hb.ops.histogram_update_(counts, x, low=-10.0, high=10.0)
+
+    return [
+        ("histogram", "2048 bins", "HistogramObserver", ours, lambda: observer(x)),
+        ("histogram", "2048 bins", "torch.histc", ours, lambda: torch.histc(x, 2048, -10.0, 10.0)),
+    ]
+
+
 def cpu_name() -> str:
     """The CPU's model name, where the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -210,7 +252,9 @@ def main() -> None:
     print(f"{'ratio':>6} {'ours ms':>9} {'peer ms':>9} {'best ms':>9} {'peer best':>9}  operation")
     rows = []
     for size in args.sizes:
-        for operation, granularity, peer, ours, theirs in cases(SIZES[size]):
+        shape = SIZES[size]
+        measured = (*cases(shape), *learned_cases(shape), *histogram_cases(shape))
+        for operation, granularity, peer, ours, theirs in measured:
             own_times, peer_times = alternate(ours, theirs, args.repeats)
             row = Row(
                 operation=operation,
