@@ -25,7 +25,8 @@ from halfbyte.errors import QuantizationError, VerificationError
 from halfbyte.io.loading import load_
 from halfbyte.io.saving import save
 from halfbyte.io.skeleton import skeleton_of
-from halfbyte.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from halfbyte.nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from halfbyte.nn.packed_weight import WeightPacker
 from halfbyte.outputs import output_tensors, same_bits
 from halfbyte.plan import kernel_name
 from halfbyte.reference import embedding_reference, linear_reference
@@ -374,7 +375,9 @@ def _packing_is_lossless(module: QuantizedModule) -> bool:
     low, high = (0, 1) if weight_format.binary else (weight_format.qmin, weight_format.qmax)
     if codes.codes.numel() and not low <= int(codes.codes.min()) <= int(codes.codes.max()) <= high:
         return False
-    again = PackedWeight.pack([codes], weight_format, packed.layout)
+    packer = WeightPacker(weight_format, packed.layout, packed.shape)
+    packer.add(codes)
+    again = packer.packed()
     return all(
         (a is None) == (b is None) and (a is None or b is None or same_bits(a, b))
         for a, b in zip(packed.tensors().values(), again.tensors().values(), strict=True)

@@ -20,8 +20,8 @@ from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
 from halfbyte.formats import FloatFormat, IntFormat
 from halfbyte.memory import MemorySize, conversion_budget
-from halfbyte.nn import HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear, WeightCodes
-from halfbyte.nn.packed_weight import PANEL, packed_bytes
+from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn.packed_weight import PANEL, WeightPacker, packed_bytes
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.progress import track
 from halfbyte.recipe import Recipe
@@ -371,13 +371,13 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: _Preparation, sta
     else:
         rounding, importance = preparation.rounding_of(row), preparation.importance_of(row)
         group_size = weight_format.group_size(weight.shape[1])
-        parts: list[WeightCodes] = []
+        packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
         for rows in _row_chunks(weight):
             part = rounding.round(rows, weight_format, importance)
-            parts.append(part)
+            packer.add(part)
             error += (part.dequantize(group_size) - rows).square_().sum(dtype=torch.float64).item()
             norm += rows.float().square().sum(dtype=torch.float64).item()
-        staging.put(row.name, PackedWeight.pack(parts, weight_format, row.layout))
+        staging.put(row.name, packer.packed())
     relative_error = (error / norm) ** 0.5 if norm > 0 else 0.0
     return _Rounded(relative_error, time.perf_counter() - start)
 

@@ -59,21 +59,6 @@ class PackedWeight:
     layout: Layout
     shape: tuple[int, int]
 
-    @staticmethod
-    def pack(parts: list[WeightCodes], weight_format: IntFormat, layout: Layout) -> PackedWeight:
-        """Packs consecutive rows of one weight; every part but the last has a multiple of 16 rows."""
-        in_features = parts[0].codes.shape[1]
-        group_size = weight_format.group_size(in_features)
-        packed = [ops.pack(p.codes, weight_format.bits, layout=layout, group_size=group_size) for p in parts]
-        scale = torch.cat([p.scale for p in parts])
-        zeros = [p.zero_point for p in parts if p.zero_point is not None]
-        zero_point = torch.cat(zeros) if zeros else None
-        if layout == "tiles":
-            scale = scale.t().contiguous()
-            zero_point = None if zero_point is None else zero_point.t().contiguous()
-        rows = sum(p.codes.shape[0] for p in parts)
-        return PackedWeight(torch.cat(packed), scale, zero_point, layout, (rows, in_features))
-
     def codes(self, weight_format: IntFormat) -> WeightCodes:
         """The integers and qparams, unpacked."""
         group_size = weight_format.group_size(self.shape[1])
@@ -97,6 +82,45 @@ class PackedWeight:
     def tensors(self) -> dict[str, Tensor | None]:
         """The tensors by buffer name."""
         return {"qweight": self.qweight, "scale": self.scale, "zero_point": self.zero_point}
+
+
+class WeightPacker:
+    """Packs a weight whose integers come some rows at a time, into tensors that are allocated once.
+
+    Args:
+        weight_format: Format of the weight.
+        layout: Layout to pack into.
+        shape: `(O, I)` of the whole weight.
+    """
+
+    def __init__(self, weight_format: IntFormat, layout: Layout, shape: tuple[int, int]) -> None:
+        self._format, self._layout, self._shape = weight_format, layout, shape
+        shapes = packed_shapes(weight_format, layout, shape)
+        self._tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
+        self._rows = 0
+
+    def add(self, part: WeightCodes) -> None:
+        """The next rows; every part but the last has a multiple of 16."""
+        begin, end = self._rows, self._rows + part.codes.shape[0]
+        tiles = self._layout == "tiles"
+        group_size = self._format.group_size(self._shape[1])
+        packed = ops.pack(part.codes, self._format.bits, layout=self._layout, group_size=group_size)
+        first = begin // PANEL if tiles else begin
+        self._tensors["qweight"][first : first + packed.shape[0]] = packed
+        for name, values in (("scale", part.scale), ("zero_point", part.zero_point)):
+            if values is not None and tiles:
+                self._tensors[name][:, begin:end] = values.t()
+            elif values is not None:
+                self._tensors[name][begin:end] = values
+        self._rows = end
+
+    def packed(self) -> PackedWeight:
+        """The whole weight, once all rows are in."""
+        assert self._rows == self._shape[0]
+        tensors = self._tensors
+        return PackedWeight(
+            tensors["qweight"], tensors["scale"], tensors.get("zero_point"), self._layout, self._shape
+        )
 
 
 def packed_shapes(
