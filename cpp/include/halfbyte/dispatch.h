@@ -8,6 +8,7 @@
 #include "halfbyte/gptq.h"
 #include "halfbyte/histogram.h"
 #include "halfbyte/matmul.h"
+#include "halfbyte/recurrent.h"
 #include "halfbyte/training.h"
 
 namespace halfbyte {
@@ -19,6 +20,7 @@ struct KernelTable {
   TrainingKernels training;
   HistogramKernels histogram;
   GptqKernels gptq;
+  RecurrentKernels recurrent;
 };
 
 extern const KernelTable kScalarTable;

@@ -6,10 +6,12 @@
 #include "gptq.inl.h"
 #include "histogram.inl.h"
 #include "matmul.inl.h"
+#include "recurrent.inl.h"
 #include "training.inl.h"
 
 namespace halfbyte {
 // constinit: filling the table at load time would run this level's instructions on every CPU.
 constinit const KernelTable kAvx2Table = {
-    "avx2", elementwise_kernels(), matmul_kernels(), training_kernels(), histogram_kernels(), gptq_kernels()};
+    "avx2",         elementwise_kernels(), matmul_kernels(), training_kernels(), histogram_kernels(),
+    gptq_kernels(), recurrent_kernels()};
 }  // namespace halfbyte

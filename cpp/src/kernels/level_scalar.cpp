@@ -6,9 +6,11 @@
 #include "gptq.inl.h"
 #include "histogram.inl.h"
 #include "matmul.inl.h"
+#include "recurrent.inl.h"
 #include "training.inl.h"
 
 namespace halfbyte {
 constinit const KernelTable kScalarTable = {"scalar",           elementwise_kernels(), matmul_kernels(),
-                                            training_kernels(), histogram_kernels(),   gptq_kernels()};
+                                            training_kernels(), histogram_kernels(),   gptq_kernels(),
+                                            recurrent_kernels()};
 }  // namespace halfbyte

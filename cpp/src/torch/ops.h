@@ -65,4 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                                                       int64_t group_size, int64_t grid, double max_shrink,
                                                       torch::headeronly::ScalarType scale_dtype);
 
+// recurrent_ops.cpp: `cell` is a Cell of recurrent.h; the last result is the cell state, empty where there is none. The
+// state of one step is an LSTM's cell state or a GRU's hidden state.
+std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,
+                                             OptionalTensor zero_point, OptionalTensor bias, int64_t cell, int64_t bits,
+                                             int64_t group_size, bool int8, bool reverse, OptionalTensor batch_sizes);
+std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
+
 }  // namespace halfbyte::ops

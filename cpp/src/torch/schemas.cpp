@@ -50,6 +50,11 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType "
       "scale_dtype) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent(Tensor x_gates, Tensor h0, Tensor? c0, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? "
+      "bias, "
+      "int cell, int bits, int group_size, bool int8, bool reverse, Tensor? batch_sizes) -> (Tensor, Tensor, Tensor)");
+  m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
@@ -73,4 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("hessian_update_", TORCH_BOX(&hessian_update_));
   m.impl("hessian_matrix", TORCH_BOX(&hessian_matrix));
   m.impl("gptq_round", TORCH_BOX(&gptq_round));
+  m.impl("recurrent", TORCH_BOX(&recurrent));
+  m.impl("recurrent_cell", TORCH_BOX(&recurrent_cell));
 }

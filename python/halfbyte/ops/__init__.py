@@ -7,8 +7,10 @@ from halfbyte.ops.histogram import grow_histogram, histogram_update_
 from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
+from halfbyte.ops.recurrent import Cell, recurrent, recurrent_cell
 
 __all__ = [
+    "Cell",
     "Layout",
     "dequantize",
     "embedding_weight_only",
@@ -27,6 +29,8 @@ __all__ = [
     "pack",
     "packed_shape",
     "quantize",
+    "recurrent",
+    "recurrent_cell",
     "search_qparams",
     "unpack",
 ]
