@@ -20,6 +20,12 @@ class TiedModel(nn.Module):
         return self.head(self.norm(self.body(self.embed(tokens))))
 
 
+class ScaledAttention(nn.MultiheadAttention):
+    def forward(self, *args: object, **kwargs: object) -> object:
+        output, weights = super().forward(*args, **kwargs)
+        return 2 * output, weights
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
@@ -156,7 +162,10 @@ def test_conflicting_overrides_of_tied_modules_are_a_fallback() -> None:
         (nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4, max_norm=1.0)), "max_norm"),
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()), "float64"),
         (nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), "parametrized"),
-        (nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1)), "past its forward"),
+        (nn.Sequential(nn.Linear(4, 4), ScaledAttention(4, 1)), "ScaledAttention has a forward of its own"),
+        (nn.Sequential(nn.Linear(4, 4), ScaledAttention(4, 1)), "past its forward"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4).double()), "float64"),
+        (nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")), "parametrized"),
     ],
 )
 def test_what_stays_in_float_has_a_reason(model: nn.Sequential, reason: str) -> None:

@@ -20,6 +20,7 @@ from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
+from halfbyte.parts import register_module
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
@@ -87,6 +88,7 @@ __all__ = [
     "plan",
     "prepare_",
     "quantize_",
+    "register_module",
     "save",
     "ternary_weight_only",
     "verify",

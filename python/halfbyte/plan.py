@@ -15,12 +15,14 @@ from halfbyte.formats import FloatFormat, IntFormat, PerAxis, PerGroup
 from halfbyte.nn import QuantizedModule
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.ops import Layout
+from halfbyte.parts import ModelInParts, take_apart
 from halfbyte.recipe import Pattern, Recipe, as_recipe
 from halfbyte.schemes import Scheme
 from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
 _SMALLEST_FALLBACK_GROUP = 8
+_WRAP_IT = "the model itself is a {}, which cannot replace itself; wrap it: nn.Sequential(model)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,13 @@ class PlanRow:
 
     Attributes:
         name: Qualified name; `aliases` are the other names of the same module.
-        module_type: Class name.
+        module_type: Class name; that of the whole for a part.
         scheme: Resolved scheme, or None where the module stays as it is.
         reason: Why it stays in floating point, or why the scheme is not simply the recipe's; may be empty.
         shape: `(O, I)` of the weight of a Linear or Embedding.
         layout: Layout of the packed weight.
         tied_to: Name of the module whose packed weight this one shares.
+        part_of: Name of the module that this layer is a part of, where one with several weights (an LSTM) is quantized.
         bytes_before: Parameters and buffers it owns, those shared with an earlier row not counted again.
         bytes_after: The same after conversion, scales, zero points and padding included.
         kernel: Operator, widths and ISA level that will run.
@@ -51,6 +54,7 @@ class PlanRow:
     kernel: str
     layout: Layout = "tiles"
     tied_to: str | None = None
+    part_of: str | None = None
     aliases: tuple[str, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
 
@@ -78,6 +82,7 @@ class PlanRow:
             "reason": self.reason,
             "shape": None if self.shape is None else list(self.shape),
             "tied_to": self.tied_to,
+            "part_of": self.part_of,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "kernel": self.kernel,
@@ -95,6 +100,11 @@ class Plan:
     def targets(self) -> Iterator[PlanRow]:
         """Rows of the modules that will be converted."""
         return (row for row in self.rows if row.scheme is not None)
+
+    @property
+    def taken_apart(self) -> set[str]:
+        """Names of the modules with several weights whose parts are rows of their own."""
+        return {row.part_of for row in self.rows if row.part_of is not None}
 
     @property
     def bytes_before(self) -> int:
@@ -176,8 +186,11 @@ def plan(model: nn.Module, recipe: Scheme | Recipe | Plan) -> Plan:
                 f"{name or 'the model'} is quantized already; quantize the original model, with a recipe that names "
                 "every module that differs"
             )
-    recipe.check_patterns(model)
-    resolved = _Resolver(model, modules, recipe).resolve()
+    if isinstance(take_apart(model), nn.Module):
+        raise QuantizationError(_WRAP_IT.format(type(model).__name__))
+    view = ModelInParts.of(model)
+    recipe.check_patterns({**view.named(), **dict(model.named_modules(remove_duplicate=False))})
+    resolved = _Resolver(model, view, recipe).resolve()
     if not any(row.scheme is not None for row in resolved.rows):
         raise QuantizationError(_nothing_to_quantize(resolved))
     return resolved
@@ -196,16 +209,13 @@ class _Choice:
 
 
 class _Resolver:
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], recipe: Recipe) -> None:
-        self.modules = modules
+    def __init__(self, model: nn.Module, view: ModelInParts, recipe: Recipe) -> None:
+        self.model = model
+        self.view = view
+        self.modules = view.modules
         self.recipe = recipe
-        self.aliases: dict[str, list[str]] = {name: [] for name in modules}
-        first_name = {id(module): name for name, module in modules.items()}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if first_name[id(module)] != name:
-                self.aliases[first_name[id(module)]].append(name)
         self.owners: dict[int, list[str]] = {}  # id of a parameter -> names of the modules that own it
-        for name, module in modules.items():
+        for name, module in self.modules.items():
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.owners.setdefault(id(parameter), []).append(name)
@@ -223,7 +233,21 @@ class _Resolver:
                         choices[name] = _Choice(None, None, f"its weight is shared with {others}, which stays in float")
         for name, choice in choices.items():
             self._fit_group_size(name, choice)
+        self._leave_whole(choices)
         return Plan(rows=tuple(self._rows(choices)))
+
+    def _leave_whole(self, choices: dict[str, _Choice]) -> None:
+        """Sees a module in one piece again if none of its parts gets a scheme."""
+        taken_apart: set[str] = set()
+        for whole in self.view.wholes:
+            parts = {name: choices.pop(name) for name in self.view.parts(whole) if name in choices}
+            if any(choice.scheme is not None for choice in parts.values()):
+                choices.update(parts)
+                taken_apart.add(whole)
+            else:
+                choices[whole] = _Choice(None, None, "; ".join(dict.fromkeys(c.reason for c in parts.values())))
+        self.view = ModelInParts.of(self.model, taken_apart)
+        self.modules = self.view.modules
 
     def _weight_is_shared(self, name: str, owners: list[str]) -> bool:
         weight = self.modules[name]._parameters.get("weight")
@@ -235,14 +259,12 @@ class _Resolver:
         if reason is not None:
             return _Choice(None, None, reason)
         if name == "":
-            raise QuantizationError(
-                f"the model itself is a {type(module).__name__}, which cannot replace itself; wrap it: nn.Sequential(model)"
-            )
+            raise QuantizationError(_WRAP_IT.format(type(module).__name__))
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         if not weight.is_floating_point():
             raise QuantizationError(f"{name}: weight has dtype {weight.dtype}; quantize floating-point weights")
-        scheme, override = self.recipe.resolve(name, module)
+        scheme, override = self._resolve(name)
         choice = _Choice(scheme, override)
         if scheme is None:
             choice.reason = "left as it is by the recipe"
@@ -254,6 +276,9 @@ class _Resolver:
             if choice.scheme.weight != scheme.weight:
                 choice.reason = "tables keep 8 bits unless an override names them"
         return choice
+
+    def _resolve(self, name: str) -> tuple[Scheme | None, Pattern | None]:
+        return self.recipe.resolve(name, self.modules[name], self.view.whole(name))
 
     def _settle_tie(self, choices: list[_Choice], names: list[str]) -> None:
         """Modules that share one weight get one format, unless overrides name different ones."""
@@ -269,7 +294,7 @@ class _Resolver:
             return
         table = any(isinstance(self.modules[name], nn.Embedding) for name in names)
         for name, choice in zip(names, choices, strict=True):
-            scheme, _ = self.recipe.resolve(name, self.modules[name])
+            scheme, _ = self._resolve(name)
             if explicit:
                 (weight_format,) = explicit
                 choice.scheme = _with_weight(scheme, weight_format)
@@ -313,7 +338,8 @@ class _Resolver:
             before = _bytes_not_seen(tensors, seen)
             choice = choices.get(name) or _Choice(None, None, why_float(name, module, self.modules) or "")
             after, shape, kernel = before, None, "torch"
-            if name in choices:
+            whole = self.view.whole(name)
+            if is_target(module):
                 shape = weight_shape(module)
             if choice.scheme is not None and shape is not None and weight is not None:
                 after -= weight.nbytes if weight_is_new else 0
@@ -321,8 +347,8 @@ class _Resolver:
                 kernel = kernel_name(module, choice.scheme)
             yield PlanRow(
                 name=name,
-                aliases=tuple(self.aliases[name]),
-                module_type=type(module).__name__,
+                aliases=tuple(self.view.aliases[name]),
+                module_type=type(module if whole is None else whole[1]).__name__,
                 scheme=choice.scheme,
                 reason=choice.reason,
                 shape=shape,
@@ -331,6 +357,7 @@ class _Resolver:
                 kernel=kernel,
                 layout=choice.layout,
                 tied_to=choice.tied_to,
+                part_of=None if whole is None else whole[0],
                 fallbacks=choice.fallbacks,
             )
 
@@ -404,7 +431,7 @@ def _bytes_not_seen(tensors: list[torch.Tensor], seen: set[int]) -> int:
 
 
 def _check_plan_fits(model: nn.Module, made: Plan) -> None:
-    modules = dict(model.named_modules())
+    modules = ModelInParts.of(model, made.taken_apart).modules
     for row in made.targets:
         module = modules.get(row.name)
         if module is None or not is_target(module):

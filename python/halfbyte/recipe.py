@@ -49,22 +49,28 @@ class Recipe:
                 except re.error as error:
                     raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from error
 
-    def check_patterns(self, model: nn.Module) -> None:
-        """Raises if an override names no module of `model`.
+    def check_patterns(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raises if an override names none of `modules`.
 
         Raises:
             QuantizationError: with the names nearest to the pattern.
         """
-        modules = dict(model.named_modules(remove_duplicate=False))
         for pattern in self.overrides:
             if not any(_matches(pattern, name, module) for name, module in modules.items()):
                 raise QuantizationError(f"override {_show(pattern)} matches no module; {_suggestion(pattern, modules)}")
 
-    def resolve(self, name: str, module: nn.Module) -> tuple[Scheme | None, Pattern | None]:
-        """Scheme of one module, and the override that gave it (None for the default)."""
+    def resolve(
+        self, name: str, module: nn.Module, whole: tuple[str, nn.Module] | None = None
+    ) -> tuple[Scheme | None, Pattern | None]:
+        """Scheme of one module, and the override that gave it (None for the default).
+
+        What names the module `whole` that it is a part of names it too. A type is that of the whole: an override of `nn.Linear`
+        does not mean the parts of an LSTM.
+        """
+        named = ((name, module),) if whole is None else ((name, whole[1]), whole)
         scheme, by = self.default, None
         for pattern, override in self.overrides.items():
-            if _matches(pattern, name, module):
+            if any(_matches(pattern, *each) for each in named):
                 scheme, by = override, pattern
         return scheme, by
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from torch import nn
+
+from halfbyte.parts import ModelInParts, keep_type_before
+from halfbyte.targets import disable_fast_paths, is_converted
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 
@@ -21,11 +24,41 @@ def replace_module(model: nn.Module, names: Sequence[str], new: nn.Module) -> No
     """Puts `new` in the place of the module of `model` that has all of `names`, with its training flag and hooks."""
     old = model.get_submodule(names[0])
     new.train(old.training)
+    keep_type_before(old, new)
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     for name in names:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = new
+
+
+def put_parts_in_place(model: nn.Module, names: Collection[str]) -> Callable[[], None]:
+    """Replaces the modules `names` by their float parts; what it returns undoes that."""
+    view = ModelInParts.of(model, names)
+    with interrupts_deferred():
+        for name in view.wholes:
+            replace_module(model, (name, *view.aliases[name]), view.modules[name])
+        enable_fast_paths = disable_fast_paths(model)
+
+    def undo() -> None:
+        with interrupts_deferred():
+            for name, whole in view.wholes.items():
+                replace_module(model, (name, *view.aliases[name]), whole)
+            enable_fast_paths()
+
+    return undo
+
+
+@contextmanager
+def in_parts(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """The same for a block that quantizes the parts. If it fails before it swapped them in, the modules are put back."""
+    undo = put_parts_in_place(model, names)
+    try:
+        yield
+    except BaseException:
+        if not any(is_converted(module) for module in model.modules()):
+            undo()
+        raise
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedModule
+from halfbyte.parts import is_in_parts, take_apart
 
 TARGET_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +39,9 @@ def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) ->
     if not is_target(module):
         if not any(parameter is not None for parameter in module._parameters.values()):
             return "has buffers only"
-        if isinstance(module, nn.MultiheadAttention):
-            return "its projections are read past the submodules' forward"
+        taken = take_apart(module)
+        if isinstance(taken, str):
+            return taken
         if isinstance(module, _NORMS) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
             return "normalization stays in floating point"
         if any(isinstance(module, kind) for kind in TARGET_TYPES):
@@ -62,14 +64,26 @@ def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) ->
     return None
 
 
-def disable_fast_paths(model: nn.Module) -> None:
-    """Keeps `nn.TransformerEncoder(Layer)` off the fused path that reads float weights of layers that are quantized now."""
+def disable_fast_paths(model: nn.Module) -> Callable[[], None]:
+    """Keeps `nn.TransformerEncoder(Layer)` off the fused path that reads the float weights of layers that are replaced.
+
+    Returns:
+        What undoes it.
+    """
+    before: list[tuple[nn.Module, str, object]] = []
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(is_converted(m) for m in module.modules()):
-            # Both are what the layers themselves check before they take the fused path; see their forward.
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(is_converted(m) for m in module.modules()):
-            module.use_nested_tensor = False
+        # What each asks for before it takes the fused path; see its forward.
+        flag = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+        for kind, name in flag.items():
+            if isinstance(module, kind) and any(is_converted(m) or is_in_parts(m) for m in module.modules()):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, False)
+
+    def undo() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+    return undo
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -22,13 +22,14 @@ from halfbyte.formats import FloatFormat, IntFormat
 from halfbyte.memory import MemorySize, conversion_budget
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import PANEL, WeightPacker, packed_bytes
+from halfbyte.parts import ModelInParts
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.progress import track
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
 from halfbyte.schemes import Scheme
 from halfbyte.staging import Staging
-from halfbyte.swap import interrupts_deferred, replace_module
+from halfbyte.swap import in_parts, interrupts_deferred, put_parts_in_place, replace_module
 from halfbyte.targets import disable_fast_paths
 
 _CHUNK_ELEMENTS = 1 << 18  # weights rounded at a time: bounds the working set whatever the layer's size
@@ -81,13 +82,14 @@ def quantize_(
     if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = _Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback)
-    if data is not None:
-        with preparation.observing(model):
-            preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
-    elif any(a.needs_data for a in preparation.algorithms):
+    if data is None and any(a.needs_data for a in preparation.algorithms):
         names = ", ".join(type(a).__name__ for a in preparation.algorithms if a.needs_data)
         raise QuantizationError(f"{names} needs calibration data: pass data=<iterable of batches>")
-    return _convert(model, preparation, progress, start)
+    with in_parts(model, preparation.plan.taken_apart):
+        if data is not None:
+            with preparation.observing(model):
+                preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
+        return _convert(model, preparation, progress, start)
 
 
 def prepare_(
@@ -100,7 +102,8 @@ def prepare_(
 ) -> nn.Module:
     """First step of `quantize_`: checks everything and starts observing the inputs of the modules to be quantized.
 
-    The model computes what it did before; run `calibrate` (or the model itself) on data, then `convert_`.
+    The model computes what it did before (recurrent and attention layers through their parts); run `calibrate` (or the model
+    itself) on data, then `convert_`.
 
     Args:
         model, recipe, algorithms, max_memory, on_fallback: As in `quantize_`.
@@ -120,6 +123,7 @@ def prepare_(
     if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = _Preparation.of(model, recipe, algorithms, max_memory, on_fallback)
+    put_parts_in_place(model, preparation.plan.taken_apart)
     preparation.observe(model)
     model.__dict__[_PREPARATION] = preparation
     return model
@@ -192,9 +196,10 @@ class _Preparation:
         chosen = _check_algorithms(algorithms)
         made = plan(model, recipe)
         staging_budget = conversion_budget(made, max_memory)
-        made = Plan(rows=tuple(_check_weight(model, row) for row in made.rows))
+        modules = ModelInParts.of(model, made.taken_apart).modules
+        made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
         announce(made.fallbacks, on_fallback)
-        observed = [row.name for row in made.targets if _observed(model, row)]
+        observed = [row.name for row in made.targets if _observed(modules[row.name], row)]
         statistics = {name: InputStatistics(name) for name in observed}
         return _Preparation(plan=made, algorithms=chosen, staging_budget=staging_budget, statistics=statistics)
 
@@ -263,16 +268,17 @@ def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
     return tuple(algorithms)
 
 
-def _observed(model: nn.Module, row: PlanRow) -> bool:
+def _observed(module: nn.Module, row: PlanRow) -> bool:
     integer = row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
-    return integer and isinstance(model.get_submodule(row.name), nn.Linear)
+    return integer and isinstance(module, nn.Linear)
 
 
-def _check_weight(model: nn.Module, row: PlanRow) -> PlanRow:
+def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
     """Checks that a weight is on the CPU and finite, and that its scales fit their dtype; one pass over memory."""
     if row.scheme is None:
         return row
-    weight = _weight(model, row)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     if weight.device.type != "cpu":
         hint = "load the weights first" if weight.is_meta else "move the model to the CPU: model.cpu()"
         raise QuantizationError(f"{row.name}: weight is on device {weight.device}; {hint}")
@@ -308,12 +314,6 @@ def _check_weight(model: nn.Module, row: PlanRow) -> PlanRow:
     fallback = Fallback(row.name, "scale_dtype", message)
     after = row.bytes_after if row.tied_to else row.bytes_after + added
     return replace(row, scheme=scheme, bytes_after=after, fallbacks=(*row.fallbacks, fallback))
-
-
-def _weight(model: nn.Module, row: PlanRow) -> Tensor:
-    weight = model.get_submodule(row.name).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +360,8 @@ def _module_report(row: PlanRow, preparation: _Preparation, results: dict[str, _
 def _round_weight(model: nn.Module, row: PlanRow, preparation: _Preparation, staging: Staging) -> _Rounded:
     """Chooses the integers of one weight, some rows at a time, and stages them."""
     start = time.perf_counter()
-    weight = _weight(model, row)
-    assert row.scheme is not None
+    weight = model.get_submodule(row.name).weight
+    assert row.scheme is not None and isinstance(weight, Tensor)
     weight_format = row.scheme.weight
     error = norm = 0.0
     if isinstance(weight_format, FloatFormat):  # cast when it is swapped in: it costs no search

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,8 @@ from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
 from halfbyte.nn import HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
-from halfbyte.swap import interrupts_deferred, replace_module
+from halfbyte.parts import take_apart
+from halfbyte.swap import in_parts, interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,15 +59,24 @@ def load_(skeleton: M, path: str | os.PathLike[str]) -> M:
     """
     _check_skeleton(skeleton)
     path = Path(path).absolute()
-    try:
-        with Reader(path) as reader:
-            manifest = _read_manifest(reader)
-            _check_modules(skeleton, manifest)
-            slots = _slots_to_fill(skeleton, manifest)
-            _check_tensors(slots, manifest)
-            tensors = {name: _read_checked(reader, manifest, name) for name in manifest.tensors}
-    except FileFormatError as error:
-        raise FileFormatError(f"cannot load {path}: {error}") from error
+    with ExitStack() as stack:
+        try:
+            with Reader(path) as reader:
+                manifest = _read_manifest(reader)
+                _check_in_parts(skeleton, manifest)
+                stack.enter_context(in_parts(skeleton, manifest.in_parts.keys()))
+                _check_modules(skeleton, manifest)
+                slots = _slots_to_fill(skeleton, manifest)
+                _check_tensors(slots, manifest)
+                tensors = {name: _read_checked(reader, manifest, name) for name in manifest.tensors}
+        except FileFormatError as error:
+            raise FileFormatError(f"cannot load {path}: {error}") from error
+        _fill(skeleton, manifest, slots, tensors)
+    return skeleton
+
+
+def _fill(skeleton: nn.Module, manifest: Manifest, slots: dict[str, Slot], tensors: dict[str, Tensor]) -> None:
+    """Puts tensors and quantized modules in, all or nothing."""
     contents = _Contents(manifest, tensors)
     modules = {name: contents.module(skeleton, name, entry) for name, entry in manifest.modules.items()}
     filled = {
@@ -79,7 +90,6 @@ def load_(skeleton: M, path: str | os.PathLike[str]) -> M:
             names = [name, *(other for other, first in manifest.same_modules.items() if first == name)]
             replace_module(skeleton, names, module)
         disable_fast_paths(skeleton)
-    return skeleton
 
 
 def _check_skeleton(skeleton: nn.Module) -> None:
@@ -108,6 +118,18 @@ def _read_manifest(reader: Reader) -> Manifest:
         if (stored.dtype, stored.shape) != (DTYPES[entry.dtype], entry.shape):
             raise FileFormatError(f"it was altered: tensor {name!r} is not what its description says; get it again")
     return manifest
+
+
+def _check_in_parts(skeleton: nn.Module, manifest: Manifest) -> None:
+    """Checks that the modules that the file has in parts can be taken apart in the model."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for name, kind in manifest.in_parts.items():
+        module = modules.get(name)
+        if module is None or not isinstance(take_apart(module), nn.Module):
+            found = f"has no module {name!r}" if module is None else f"has a {type(module).__name__} as {name!r}"
+            raise FileFormatError(
+                f"the model {found} where the file has the parts of a {kind}; build the model as it was built when it was saved"
+            )
 
 
 def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:

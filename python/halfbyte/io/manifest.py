@@ -168,6 +168,8 @@ class Manifest:
     Attributes:
         modules: Quantized modules by qualified name.
         same_modules: Further names of those, to the name in `modules`.
+        in_parts: Names of modules that stand for one with several weights, whose parts are modules of their own, to the class
+            name of that one.
         tensors: Stored tensors by name.
         aliases: Further names of stored tensors.
         non_persistent: Names (stored or aliases) of buffers that `state_dict` leaves out.
@@ -176,6 +178,7 @@ class Manifest:
     halfbyte_version: str
     modules: Mapping[str, ModuleEntry]
     same_modules: Mapping[str, str] = field(default_factory=dict)
+    in_parts: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, TensorEntry]
     aliases: Mapping[str, str]
     non_persistent: frozenset[str]
@@ -193,6 +196,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "halfbyte_version": self.halfbyte_version,
             "modules": modules,
+            "in_parts": dict(self.in_parts),
             "tensors": {
                 name: {"dtype": t.dtype, "shape": list(t.shape), "sha256": t.sha256} for name, t in self.tensors.items()
             },
@@ -230,6 +234,7 @@ class Manifest:
             case {
                 "format_version": 1,
                 "modules": dict(modules),
+                "in_parts": dict(in_parts),
                 "tensors": dict(tensors),
                 "aliases": dict(aliases),
                 "non_persistent": list(non_persistent),
@@ -251,6 +256,7 @@ class Manifest:
             halfbyte_version=written_by,
             modules=entries,
             same_modules=same,
+            in_parts=in_parts,
             tensors=stored,
             aliases=aliases,
             non_persistent=frozenset(non_persistent),

@@ -1,16 +1,39 @@
-"""Quantized modules: plain `nn.Module`s with plain tensor buffers."""
+"""Quantized modules: plain `nn.Module`s with plain tensor buffers.
 
+`QuantizedLinear` and `QuantizedEmbedding` hold integers, `HalfLinear` and `HalfEmbedding` 16-bit floats. Modules with several
+weights (`QuantizedLSTM`, `QuantizedMultiheadAttention`, …) are made of these.
+"""
+
+from halfbyte.nn.as_layers import as_embedding, as_linear
+from halfbyte.nn.attention import QuantizedMultiheadAttention
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
 from halfbyte.nn.linear import HalfLinear, QuantizedLinear
 from halfbyte.nn.packed_weight import PackedWeight, WeightCodes
 from halfbyte.nn.quantized_module import QuantizedModule
+from halfbyte.nn.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 
 __all__ = [
     "HalfEmbedding",
     "HalfLinear",
     "PackedWeight",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLinear",
     "QuantizedModule",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
     "WeightCodes",
+    "as_embedding",
+    "as_linear",
 ]
