@@ -91,3 +91,55 @@ def quantize_rows_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.clamp(largest / 127, min=torch.finfo(torch.float32).tiny)
     codes = quantize(x, scale, torch.zeros_like(scale), qmin=-127, qmax=127, group_size=x.shape[-1])
     return codes, scale
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The sigmoid of the recurrent operators, bit for bit: float32, `1 / (1 + e^-x)`, within 2.5 ulp of the exact one."""
+    return 1 / (1 + _exponential(-x))
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The tanh of the recurrent operators, bit for bit: float32, within 2.5 ulp of the exact one."""
+    square = x * x
+    p = torch.full_like(x, -5.70498872745e-3)
+    for coefficient in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        p = p * square + coefficient
+    large = 1 - 2 / (_exponential(2 * x.abs()) + 1)
+    return torch.where(x.abs() < 0.625, p * square * x + x, torch.where(x < 0, 0 - large, large))
+
+
+def recurrent_step(
+    cell: str, x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden and cell state after one step of a recurrent cell, as `ops.recurrent_cell` computes them.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        x_gates: `[..., gates * H]` float32, input half of the gates.
+        h_gates: The same of the hidden state.
+        h: `[..., H]`, hidden state before; only a GRU reads it.
+        c: `[..., H]`, cell state before, of an LSTM.
+    """
+    if cell == "lstm":
+        assert c is not None
+        i, f, g, o = (x_gates + h_gates).chunk(4, dim=-1)
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(c), c
+    if cell == "gru":
+        (xr, xz, xn), (hr, hz, hn) = x_gates.chunk(3, dim=-1), h_gates.chunk(3, dim=-1)
+        n = tanh(xn + sigmoid(xr + hr) * hn)
+        return n + sigmoid(xz + hz) * (h - n), None
+    gates = x_gates + h_gates
+    return (tanh(gates) if cell == "rnn_tanh" else torch.relu(gates)), None
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """`e^x` of x clamped to [-87, 87], as gates.inl.h computes it."""
+    x = x.clamp(-87, 87)
+    n = torch.round(x * 1.44269504)
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    p = torch.full_like(x, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    power = ((torch.nan_to_num(n).to(torch.int32) + 127) << 23).view(torch.float32)  # 2^n by its exponent bits
+    return (p * (r * r) + r + 1) * power

@@ -97,7 +97,7 @@ def take_apart(module: nn.Module) -> nn.Module | str | None:
             by_name = _BY_NAME.get(f"{module_type.__module__}.{module_type.__qualname__}")
             if by_name is None:
                 continue
-            registration = _Registration(by_name, module_type.forward, lambda module: None)
+            registration = _Registration(by_name, module_type.forward, lambda module: None)  # type: ignore[attr-defined]
         if type(module).forward is not registration.forward:
             return f"{type(module).__name__} has a forward of its own"
         if parametrize.is_parametrized(module):
@@ -216,7 +216,7 @@ def _attention_reason(module: nn.Module) -> str | None:
 
 def _linear_of_conv1d(module: nn.Module) -> nn.Module:
     """transformers' Conv1D (GPT-2 and its kin) is a Linear with a transposed weight."""
-    return as_linear(module.weight.t(), module.bias)  # type: ignore[operator, union-attr, arg-type]
+    return as_linear(module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
 
 
 register_module(nn.LSTM, QuantizedLSTM, why_float=_recurrent_reason)

@@ -20,7 +20,7 @@ def as_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = _as_parameter(weight)
-    linear.bias = None if bias is None else _as_parameter(bias)
+    linear.register_parameter("bias", None if bias is None else _as_parameter(bias))
     return linear
 
 

@@ -148,7 +148,7 @@ class QuantizedMultiheadAttention(nn.Module):
                 raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; use {allowed[0]} or {allowed[1]}")
             merged = _additive("attn_mask", attn_mask, dtype)
             if attn_mask.dim() == 3:
-                merged = merged.unflatten(0, (batch, self.num_heads))
+                merged = merged.reshape(batch, self.num_heads, length, source)
         if key_padding_mask is not None:
             if tuple(key_padding_mask.shape) != (batch, source):
                 raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; use {(batch, source)}")

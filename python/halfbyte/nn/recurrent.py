@@ -218,7 +218,7 @@ def _run_steps(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The steps one after another; step t of a packed sequence has the first `batch_sizes[t]` rows, others keep their state."""
-    steps = list(x_gates.unbind(0)) if batch_sizes is None else list(x_gates.split(batch_sizes.tolist()))
+    steps = list(x_gates.unbind(0)) if batch_sizes is None else list(torch.split(x_gates, batch_sizes.tolist()))
     outputs: list[Tensor] = []
     for gates in reversed(steps) if reverse else steps:
         rows = gates.shape[0]

@@ -1,0 +1,160 @@
+"""Multi-head attention in parts: PyTorch's own module with the same weights is the oracle."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+
+PADDING = torch.zeros(3, 7, dtype=torch.bool)
+PADDING[1, 5:] = True
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
+PER_HEAD = torch.rand(12, 5, 7) < 0.2
+
+
+def pair(scheme: hb.Scheme, **settings: object) -> tuple[nn.MultiheadAttention, nn.Module]:
+    """The quantized module, and a float one with the very weights that it multiplies with."""
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(32, 4, **settings).eval()
+    if reference.in_proj_bias is not None:
+        nn.init.normal_(reference.in_proj_bias)
+        nn.init.normal_(reference.out_proj.bias)
+    model = nn.ModuleDict({"a": copy.deepcopy(reference)})
+    hb.quantize_(model, scheme, progress=False)
+    quantized = model["a"]
+    with torch.no_grad():
+        weights = [p.weight for p in (quantized.q_proj, quantized.k_proj, quantized.v_proj)]
+        if reference.in_proj_weight is not None:
+            reference.in_proj_weight.copy_(torch.cat(weights))
+        else:
+            for name, weight in zip("qkv", weights, strict=True):
+                getattr(reference, f"{name}_proj_weight").copy_(weight)
+        reference.out_proj.weight.copy_(quantized.out_proj.weight)
+    return reference, quantized
+
+
+@pytest.mark.parametrize(
+    ("settings", "masks"),
+    [
+        ({"batch_first": True}, {}),
+        ({}, {}),
+        ({"batch_first": True, "bias": False}, {"key_padding_mask": PADDING}),
+        ({"batch_first": True, "kdim": 16, "vdim": 24}, {"key_padding_mask": PADDING}),
+        ({"batch_first": True, "add_bias_kv": True}, {"key_padding_mask": PADDING}),
+        ({"batch_first": True, "add_zero_attn": True}, {"attn_mask": PER_HEAD}),
+        ({"batch_first": True}, {"attn_mask": PER_HEAD, "key_padding_mask": PADDING}),
+        ({"batch_first": True}, {"attn_mask": torch.zeros(5, 7), "need_weights": False}),
+        ({"batch_first": True}, {"key_padding_mask": PADDING, "need_weights": False}),
+        ({"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}, {"need_weights": False}),
+        ({"batch_first": True}, {"average_attn_weights": False}),
+    ],
+)
+@torch.no_grad()
+def test_equals_pytorch_with_the_same_weights(settings: dict[str, object], masks: dict[str, object]) -> None:
+    reference, quantized = pair(hb.int8_weight_only(), **settings)
+    q, k, v = torch.randn(3, 5, 32), torch.randn(3, 7, reference.kdim), torch.randn(3, 7, reference.vdim)
+    if not reference.batch_first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    expected, expected_weights = reference(q, k, v, **masks)
+    output, weights = quantized(q, k, v, **masks)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert (weights is None) == (expected_weights is None)
+    if weights is not None:
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@torch.no_grad()
+def test_causal_hint_and_input_without_a_batch(need_weights: bool) -> None:
+    reference, quantized = pair(hb.int8_weight_only())
+    x = torch.randn(5, 32)
+    expected, _ = reference(x, x, x, attn_mask=CAUSAL, is_causal=True, need_weights=need_weights)
+    output, _ = quantized(x, x, x, attn_mask=CAUSAL, is_causal=True, need_weights=need_weights)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [hb.int8_dynamic(), hb.int4_int8_dynamic(32), hb.bf16()], ids=str)
+@torch.no_grad()
+def test_transformer_runs_quantized_throughout(scheme: hb.Scheme) -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(32, 4, 2, 2, 64, batch_first=True).eval()
+    source, target = torch.randn(2, 6, 32), torch.randn(2, 4, 32)
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    arguments = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding, "tgt_mask": CAUSAL[:4, :4]}
+    expected = model(source, target, **arguments)
+    report = hb.quantize_(model, scheme, progress=False)
+    left = {m.name for m in report.modules if m.plan.scheme is None}
+    assert all("norm" in name for name in left)
+    assert ((model(source, target, **arguments) - expected).norm() / expected.norm()).item() < 0.1
+
+
+def test_planned_bytes_are_those_of_the_converted_module() -> None:
+    model = nn.ModuleDict(
+        {"a": nn.MultiheadAttention(32, 4, add_bias_kv=True), "b": nn.MultiheadAttention(32, 4, kdim=16)}
+    )
+    before = sum(p.nbytes for p in model.parameters())
+    plan = hb.plan(model, hb.int4_weight_only(16))
+    report = hb.quantize_(model, plan, progress=False)
+    after = sum(t.nbytes for t in model.state_dict().values())
+    assert (plan.bytes_before, plan.bytes_after) == (before, after) == (report.bytes_before, report.bytes_after)
+
+
+def test_one_projection_can_be_left_in_float() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(32, 4)})
+    hb.quantize_(model, hb.Recipe(default=hb.int8_dynamic(), overrides={"a.out_proj": None}), progress=False)
+    assert isinstance(model["a"].q_proj, hb.nn.QuantizedLinear)
+    assert type(model["a"].out_proj) is nn.Linear
+
+
+@torch.no_grad()
+def test_failed_call_on_an_encoder_leaves_its_fused_path() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    flags = [(m.activation_relu_or_gelu, m.self_attn) for m in model.layers], model.use_nested_tensor
+
+    def fail(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        raise RuntimeError("no more data")
+
+    with pytest.raises(RuntimeError, match="no more data"):
+        hb.quantize_(model, hb.int8_dynamic(), [torch.randn(2, 3, 32)], progress=False, forward=fail)
+    assert ([(m.activation_relu_or_gelu, m.self_attn) for m in model.layers], model.use_nested_tensor) == flags
+
+
+@torch.no_grad()
+def test_export_and_compile() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    hb.quantize_(model, hb.int8_dynamic(), progress=False)
+    x = torch.randn(2, 6, 32)
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes={"src": {1: length}})
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(program.module()(x), model(x))
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+Q, K = torch.zeros(3, 5, 32), torch.zeros(3, 7, 32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "error", "message"),
+    [
+        ((Q, K, torch.zeros(3, 6, 32)), {}, ValueError, "their lengths and batches differ"),
+        ((Q, torch.zeros(7, 32), K), {}, ValueError, "dimensions"),
+        ((Q, torch.zeros(3, 7, 31), K), {}, ValueError, "key has 31 features in its last dimension; 32"),
+        ((Q[:2], K, K), {}, ValueError, "batch of 2 and key of 3"),
+        ((Q, K, K), {"attn_mask": torch.zeros(7, 5)}, ValueError, r"attn_mask has shape \(7, 5\); use \(5, 7\)"),
+        ((Q, K, K), {"attn_mask": torch.zeros(3, 5, 7)}, ValueError, r"use \(5, 7\) or \(12, 5, 7\)"),
+        ((Q, K, K), {"key_padding_mask": torch.zeros(3, 5)}, ValueError, r"key_padding_mask .* use \(3, 7\)"),
+        ((Q, K, K), {"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "torch.bool or floating point"),
+        ((Q, K, K), {"is_causal": True}, ValueError, "give the mask as well"),
+    ],
+)
+def test_bad_input_is_refused(
+    inputs: tuple[Tensor, ...], arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    _, quantized = pair(hb.int8_dynamic(), batch_first=True)
+    with pytest.raises(error, match=message):
+        quantized(*inputs, **arguments)
