@@ -144,3 +144,22 @@ def test_conv1d_of_transformers_is_a_linear_layer() -> None:
     hb.quantize_(model, hb.int8_dynamic(), progress=False)
     assert isinstance(model[0], hb.nn.QuantizedLinear) and model[0].out_features == 48
     assert ((model(x) - expected).norm() / expected.norm()).item() < 0.02
+
+
+@torch.no_grad()
+def test_verify_proves_recurrent_and_attention_layers() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(32, 32, bidirectional=True, batch_first=True)
+            self.attention = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(self.rnn(x)[0])
+
+    model = Net().eval()
+    x = torch.randn(2, 5, 32)
+    hb.quantize_(model, hb.int8_dynamic(), progress=False)
+    hb.verify(model, [x])

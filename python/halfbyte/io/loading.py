@@ -18,7 +18,7 @@ from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
 from halfbyte.nn import HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
-from halfbyte.parts import take_apart
+from halfbyte.parts import is_in_parts, take_apart
 from halfbyte.swap import in_parts, interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
 
@@ -125,7 +125,7 @@ def _check_in_parts(skeleton: nn.Module, manifest: Manifest) -> None:
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     for name, kind in manifest.in_parts.items():
         module = modules.get(name)
-        if module is None or not isinstance(take_apart(module), nn.Module):
+        if module is None or not (is_in_parts(module) or isinstance(take_apart(module), nn.Module)):
             found = f"has no module {name!r}" if module is None else f"has a {type(module).__name__} as {name!r}"
             raise FileFormatError(
                 f"the model {found} where the file has the parts of a {kind}; build the model as it was built when it was saved"
