@@ -43,16 +43,11 @@ def quality(
             model = copy.deepcopy(float_model)
             path, expected = Path(folder) / f"{index}.safetensors", Path(folder) / f"{index}.expected.safetensors"
             if variant == FLOAT:
-                seconds, tensor_bytes, fallbacks = 0.0, 4 * parameters, 0
+                tensor_bytes, fallbacks = 4 * parameters, 0
                 save_model(model, str(path))
             else:
-                start = time.perf_counter()
                 report = VARIANTS[variant].quantize_(model, calibration, float_patterns=TIED_HEAD if float_head else ())
-                seconds, tensor_bytes, fallbacks = (
-                    time.perf_counter() - start,
-                    report.bytes_after,
-                    len(report.fallbacks),
-                )
+                tensor_bytes, fallbacks = report.bytes_after, len(report.fallbacks)
                 hb.save(model, path)
                 reload.save_expected(model, inputs, expected)
                 saved[variant] = (path, expected)
@@ -68,7 +63,6 @@ def quality(
                 "kl_ci": distance.kl_ci,
                 "same_top1": distance.same_top1,
                 "tokens": distance.tokens,
-                "quantize_seconds": seconds,
                 "fallbacks": fallbacks,
                 "text": llama.greedy(model, text),
             }
@@ -107,7 +101,9 @@ def speed(
         if variant == FLOAT:
             continue
         model = copy.deepcopy(float_model)
+        start = time.process_time()
         VARIANTS[variant].quantize_(model, [part[None] for part in text.calibration])
+        quantize_cpu_seconds = time.process_time() - start
         decode = output.alternate(
             [lambda: _decode(float_model, prompt, new_tokens), lambda m=model: _decode(m, prompt, new_tokens)],
             repeats=repeats,
@@ -116,6 +112,7 @@ def speed(
             [lambda: _prefill(float_model, row), lambda m=model: _prefill(m, row)], repeats=5 * repeats
         )
         result[variant] = {
+            "quantize_cpu_seconds": quantize_cpu_seconds,
             "decode_tokens_per_second": new_tokens / decode[1],
             "decode_vs_float": decode[0] / decode[1],
             "prefill_tokens_per_second": row.numel() / prefill[1],
@@ -134,7 +131,6 @@ def quality_table(rows: dict[str, dict[str, object]]) -> str:
         "change, %",
         "KL to float, nats",
         "same top-1",
-        "quantize, s",
         "reload",
     ]
     table = [
@@ -146,12 +142,27 @@ def quality_table(rows: dict[str, dict[str, object]]) -> str:
             "" if name == FLOAT else f"{100 * row['perplexity_change']:+.3f} ± {100 * row['perplexity_change_ci']:.3f}",
             "" if name == FLOAT else f"{row['kl']:.2e} ± {row['kl_ci']:.0e}",
             "" if name == FLOAT else f"{100 * row['same_top1']:.1f} %",
-            "" if name == FLOAT else f"{row['quantize_seconds']:.2f}",
             "" if name == FLOAT else ("equal" if row["reload_bit_equal"] else "DIFFERENT"),
         ]
         for name, row in rows.items()
     ]
     return output.markdown(header, table)
+
+
+def summary_table(rows: dict[str, dict[str, object]]) -> str:
+    """The few rows and columns that a reader wants first, as markdown."""
+    chosen = [FLOAT, "int8_weight_only", "int8_dynamic", "int4 g32, MSE", "W4A8 g32, MSE", "int3 g32, MSE"]
+    table = [
+        [
+            name,
+            f"{rows[name]['bits_per_weight']:.2f}",
+            f"{rows[name]['file_bytes'] / 1000:,.0f}",
+            f"{rows[name]['perplexity']:.2f}",
+            "" if name == FLOAT else f"{100 * rows[name]['perplexity_change']:+.2f} %",
+        ]
+        for name in chosen
+    ]
+    return output.markdown(["scheme", "bits/weight", "file, kB", "perplexity", "change"], table)
 
 
 def text_list(rows: dict[str, dict[str, object]]) -> str:
@@ -165,7 +176,7 @@ def text_list(rows: dict[str, dict[str, object]]) -> str:
 
 def speed_table(rows: dict[str, dict[str, object]]) -> str:
     """Markdown."""
-    header = ["scheme", "decode, tokens/s", "vs float", "prefill, tokens/s", "vs float"]
+    header = ["scheme", "decode, tokens/s", "vs float", "prefill, tokens/s", "vs float", "quantize, CPU s"]
     table = [
         [
             name,
@@ -173,6 +184,7 @@ def speed_table(rows: dict[str, dict[str, object]]) -> str:
             f"{row['decode_vs_float']:.2f}",
             f"{row['prefill_tokens_per_second']:.0f}",
             f"{row['prefill_vs_float']:.2f}",
+            f"{row['quantize_cpu_seconds']:.2f}",
         ]
         for name, row in rows.items()
     ]

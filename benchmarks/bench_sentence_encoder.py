@@ -9,7 +9,6 @@ the float model's is the speed column. Every quantized model is saved and reload
 import argparse
 import copy
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -37,12 +36,11 @@ def quality(root: Path, chosen: list[str], pairs: minilm.Pairs) -> dict[str, dic
             model = copy.deepcopy(float_model)
             path, expected = Path(folder) / f"{index}.safetensors", Path(folder) / f"{index}.expected.safetensors"
             if variant == FLOAT:
-                seconds, tensor_bytes = 0.0, 4 * parameters
+                tensor_bytes = 4 * parameters
                 save_model(model, str(path))
             else:
-                start = time.perf_counter()
                 report = VARIANTS[variant].quantize_(model, calibration)
-                seconds, tensor_bytes = time.perf_counter() - start, report.bytes_after
+                tensor_bytes = report.bytes_after
                 hb.save(model, path)
                 reload.save_expected(model, batches[len(batches) // 2], expected)
                 saved[variant] = (path, expected)
@@ -57,7 +55,6 @@ def quality(root: Path, chosen: list[str], pairs: minilm.Pairs) -> dict[str, dic
                 "mean_cosine": cosine.mean().item(),
                 "min_cosine": cosine.min().item(),
                 "pairs": len(pairs.rating),
-                "quantize_seconds": seconds,
             }
         answers = reload.same_in_new_process("minilm", list(saved.values()))
         for variant, same in zip(saved, answers, strict=True):
@@ -104,7 +101,6 @@ def quality_table(rows: dict[str, dict[str, object]]) -> str:
         "change",
         "Pearson",
         "min cosine to float",
-        "quantize, s",
         "reload",
     ]
     base = rows.get(FLOAT, {}).get("spearman")
@@ -117,7 +113,6 @@ def quality_table(rows: dict[str, dict[str, object]]) -> str:
             "" if base is None or name == FLOAT else f"{row['spearman'] - base:+.5f}",
             f"{row['pearson']:.5f}",
             f"{row['min_cosine']:.5f}",
-            "" if name == FLOAT else f"{row['quantize_seconds']:.2f}",
             "" if name == FLOAT else ("equal" if row["reload_bit_equal"] else "DIFFERENT"),
         ]
         for name, row in rows.items()

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "quality"): bench_language_model.quality_table,
+    ("lm", "summary"): bench_language_model.summary_table,
     ("lm", "text"): bench_language_model.text_list,
     ("lm", "speed"): bench_language_model.speed_table,
     ("encoder", "quality"): bench_sentence_encoder.quality_table,
@@ -32,7 +33,7 @@ def replacement(match: re.Match[str]) -> str:
     table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
     machine = document["environment"]
     origin = (
-        f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, PyTorch {machine['torch']}: "
+        f"{machine['cpu']}, {machine['capability']}, {machine['threads']} thread(s), PyTorch {machine['torch']}: "
         f"`{machine['command']}`"
     )
     return f"{match[1]}\n{table}\n\n{origin}\n\n{match[5]}"

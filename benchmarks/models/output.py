@@ -50,16 +50,18 @@ def environment() -> dict[str, str | int]:
 def alternate(functions: Sequence[Callable[[], object]], *, repeats: int) -> list[float]:
     """Median seconds of each function, called in turn `repeats` times after one warm-up.
 
-    Taking turns exposes all of them to the same neighbours and clock changes.
+    Taking turns exposes all of them to the same neighbours and clock changes. With one thread the clock is the process's own
+    CPU time, which does not count the time that other processes had the core.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for function in functions:
         function()
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for index, function in enumerate(functions):
-            start = time.perf_counter()
+            start = clock()
             function()
-            seconds[index].append(time.perf_counter() - start)
+            seconds[index].append(clock() - start)
     return [statistics.median(samples) for samples in seconds]
 
 
