@@ -44,7 +44,7 @@ HALFBYTE_INLINE void fold_group(const FloatTile& t, int64_t row, const Segment& 
       if (t.w.zero_point != nullptr) sum = fma_f32(offset, set_f32(group_sum[r * groups]), sum);
       if (binary) sum = fma_f32(set_f32(2.0f), sum, set_f32(group_sum[r * groups]));
       float* at = acc + (r * Panels + p) * kPanel;
-      store_f32(at, fma_f32(scale, sum, segment.first_of_all ? set_f32(0.0f) : load_f32(at)));
+      store_f32(at, fma_f32(scale, sum, load_f32(at)));
     });
   });
 }
@@ -158,28 +158,48 @@ void float_blocked(const FloatTile& t, int64_t rows) {
   }
 }
 
-void float_tile(const FloatTile& t, int64_t rows, const float* bias, float* y, int64_t ldy) {
-  with_bits(t.w.shape.bits, [&](auto bits) {
-    if (rows > direct_rows(bits)) return float_blocked(t, rows);
-    [&]<int... R>(std::integer_sequence<int, R...>) {
-      using Direct = void (*)(const FloatTile&);
-      static constexpr Direct kDirect[] = {float_direct<bits, R + 1, kTilePanels>...};
-      kDirect[rows - 1](t);
-    }(std::make_integer_sequence<int, direct_rows(bits)>{});
-  });
-  store_tile<kTilePanels>(t.w.shape, t.panels, t.scratch.acc, rows, bias, y + t.row_begin * ldy, ldy,
-                          [&](F32x16 acc, int64_t, F32x16 b) { return bias == nullptr ? acc : add_f32(acc, b); });
+template <int Panels>
+void store_float_tile(const FloatTile& t, int64_t rows, const float* bias, float* y, int64_t ldy) {
+  store_tile<Panels>(t.w.shape, t.panels, t.scratch.acc, rows, bias, y + t.row_begin * ldy, ldy,
+                     [&](F32x16 acc, int64_t, F32x16 b) { return bias == nullptr ? acc : add_f32(acc, b); });
+}
+
+// Panels of a direct tile: enough chains of products to hide the latency of one, as long as registers last.
+constexpr int direct_panels(int rows) { return std::clamp(kDirectAccumulators / rows, 1, kMaxPanels); }
+
+template <int Bits, int Rows>
+void float_direct_tiles(FloatTile& t, int64_t panel_begin, int64_t panel_end, const float* bias, float* y,
+                        int64_t ldy) {
+  constexpr int kPanels = direct_panels(Rows);
+  for (int64_t panel = panel_begin; panel < panel_end; panel += kPanels) {
+    t.panels = TilePanels(panel, panel_end, kPanels);
+    std::fill_n(t.scratch.acc, Rows * kPanels * kPanel, 0.0f);
+    float_direct<Bits, Rows, kPanels>(t);
+    store_float_tile<kPanels>(t, Rows, bias, y, ldy);
+  }
 }
 
 void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, int64_t row_begin, int64_t row_end,
                   int64_t panel_begin, int64_t panel_end, const float* bias, float* y, int64_t ldy, void* scratch) {
-  for (int64_t row = row_begin; row < row_end; row += kSlabRows) {
-    const int64_t rows = std::min(kSlabRows, row_end - row);
-    for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
-      float_tile({w, x, group_sum, Scratch(scratch), row, TilePanels(panel, panel_end, kTilePanels)}, rows, bias, y,
-                 ldy);
-    }
-  }
+  run_slabs(row_begin, row_end, kSlabRows, [&](int64_t row, int64_t rows) {
+    FloatTile t = {w, x, group_sum, Scratch(scratch), row, TilePanels(panel_begin, panel_end, kTilePanels)};
+    with_bits(w.shape.bits, [&](auto bits) {
+      if (rows <= direct_rows(bits)) {
+        [&]<int... R>(std::integer_sequence<int, R...>) {
+          using Direct = void (*)(FloatTile&, int64_t, int64_t, const float*, float*, int64_t);
+          static constexpr Direct kDirect[] = {float_direct_tiles<bits, R + 1>...};
+          kDirect[rows - 1](t, panel_begin, panel_end, bias, y, ldy);
+        }(std::make_integer_sequence<int, direct_rows(bits)>{});
+        return;
+      }
+      for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
+        t.panels = TilePanels(panel, panel_end, kTilePanels);
+        std::fill_n(t.scratch.acc, rows * kTilePanels * kPanel, 0.0f);
+        float_blocked(t, rows);
+        store_float_tile<kTilePanels>(t, rows, bias, y, ldy);
+      }
+    });
+  });
 }
 
 }  // namespace

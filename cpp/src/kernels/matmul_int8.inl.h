@@ -19,10 +19,17 @@ struct Int8Tile {
   bool corrected;    // x has a zero point: scratch.column_sum is filled in
 };
 
+// What a row tile asks memory for while it computes: `count` streams of packed codes, `step` bytes of each per quad.
+struct Ahead {
+  const uint8_t* streams[kMaxPanels];
+  int count;
+  int64_t step, offset;
+};
+
 // acc += codes . a over `units` units. Range is the width that bounds the codes' values, Bits the one of their layout.
 template <int Bits, int Range, int Rows, int Panels>
 HALFBYTE_INLINE void dot_units(const PanelCodes& codes, int64_t offset, const int8_t* a, int64_t a_stride,
-                               int64_t a_step, int64_t units, I32x16 (&acc)[Rows][Panels]) {
+                               int64_t a_step, int64_t units, Ahead& ahead, I32x16 (&acc)[Rows][Panels]) {
   constexpr int kQuads = kQuadsPerUnit<Bits>;
   constexpr int kSets = Rows * Panels < kSplitBelow ? 2 : 1;
   I32x16 sets[kSets][Rows][Panels];
@@ -37,18 +44,25 @@ HALFBYTE_INLINE void dot_units(const PanelCodes& codes, int64_t offset, const in
       unroll<Rows>([&](auto r) { sets[set][r][p] = dot<Range>(sets[set][r][p], row, quads[r]); });
     });
   };
+  const auto unit_step = [&](auto first_set) __attribute__((always_inline)) {
+    if constexpr (Bits == 8) {
+      for (int i = 0; i < ahead.count; ++i) prefetch(ahead.streams[i] + ahead.offset);
+      ahead.offset += ahead.step;
+    } else {
+      unroll<Panels>([&](auto p) {
+        unroll<unit_bytes(Bits) / 64>([&](auto line) { prefetch(codes[p] + offset + kAheadBytes + 64 * line); });
+      });
+    }
+    unroll<kQuads>([&](auto q) { quad_step(q, Int<(q + first_set) % kSets>{}); });
+    offset += unit_bytes(Bits), a += a_step;
+  };
   if constexpr (kQuads == 1 && kSets == 2) {
     for (; units >= 2; units -= 2) {
-      quad_step(Int<0>{}, Int<0>{});
-      offset += unit_bytes(Bits), a += a_step;
-      quad_step(Int<0>{}, Int<1>{});
-      offset += unit_bytes(Bits), a += a_step;
+      unit_step(Int<0>{});
+      unit_step(Int<1>{});
     }
   }
-  for (; units > 0; --units) {
-    unroll<kQuads>([&](auto q) { quad_step(q, Int<q % kSets>{}); });
-    offset += unit_bytes(Bits), a += a_step;
-  }
+  for (; units > 0; --units) unit_step(Int<0>{});
   unroll<Rows>([&](auto r) {
     unroll<Panels>([&](auto p) {
       acc[r][p] = sets[0][r][p];
@@ -66,32 +80,44 @@ HALFBYTE_INLINE void fold_chunk(const Int8Tile& t, int64_t row, const Segment& s
   const int64_t sums = shape.groups() * chunks_per_group(shape);
   const int32_t* chunk_sum = t.x.chunk_sum + row * sums + segment.chunk;
   float* acc = t.scratch.acc + (row - t.row_begin) * Panels * kPanel;
+  F32x16 scales[Panels];
+  unroll<Panels>([&](auto p) { scales[p] = load_scales(t.w, segment.group, t.panels.index[p]); });
+  const int32_t center = binary ? 1 : 1 << (shape.bits - 1);
+  if (t.w.zero_point == nullptr && !t.corrected) {
+    unroll<Rows>([&](auto r) {
+      const I32x16 offset = set_i32(center * chunk_sum[r * sums]);
+      unroll<Panels>([&](auto p) {
+        const I32x16 dot = binary ? add_i32(dots[r][p], dots[r][p]) : dots[r][p];
+        float* at = acc + (r * Panels + p) * kPanel;
+        store_f32(at, fma_f32(scales[p], to_float(sub_i32(dot, offset)), load_f32(at)));
+      });
+    });
+    return;
+  }
+  const int64_t in_group = (segment.chunk % chunks_per_group(shape)) * kMaxChunk;
+  const int64_t group_inputs = std::min(shape.group_size, shape.in_features - segment.group * shape.group_size);
+  const auto inputs = static_cast<int32_t>(std::clamp<int64_t>(group_inputs - in_group, 0, kMaxChunk));
   unroll<Panels>([&](auto p) {
-    const F32x16 scale = load_scales(t.w, segment.group, t.panels.index[p]);
-    I32x16 zero = set_i32(binary ? 1 : 1 << (shape.bits - 1));
+    I32x16 zero = set_i32(center);
     if (t.w.zero_point != nullptr) zero = load_zero_points(t.w, segment.group, t.panels.index[p]);
     I32x16 correction = set_i32(0);
     if (t.corrected) {
-      const int64_t in_group = (segment.chunk % chunks_per_group(shape)) * kMaxChunk;
-      const int64_t group_inputs = std::min(shape.group_size, shape.in_features - segment.group * shape.group_size);
-      const auto inputs = static_cast<int32_t>(std::clamp<int64_t>(group_inputs - in_group, 0, kMaxChunk));
       I32x16 sum = load_i32(t.scratch.column_sum + (segment.chunk * Panels + p) * kPanel);
       if (binary) sum = add_i32(sum, sum);
       correction = mul_i32(set_i32(t.x.zero_point), sub_i32(sum, mul_i32(set_i32(inputs), zero)));
     }
     unroll<Rows>([&](auto r) {
       I32x16 dot = binary ? add_i32(dots[r][p], dots[r][p]) : dots[r][p];
-      dot = sub_i32(dot, mul_i32(zero, set_i32(chunk_sum[r * sums])));
-      if (t.corrected) dot = sub_i32(dot, correction);
+      dot = sub_i32(sub_i32(dot, mul_i32(zero, set_i32(chunk_sum[r * sums]))), correction);
       float* at = acc + (r * Panels + p) * kPanel;
-      store_f32(at, fma_f32(scale, to_float(dot), segment.first_of_all ? set_f32(0.0f) : load_f32(at)));
+      store_f32(at, fma_f32(scales[p], to_float(dot), load_f32(at)));
     });
   });
 }
 
 // One row tile over one block of inputs.
 template <int Bits, int Range, int Rows, int Panels>
-void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end) {
+void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end, Ahead ahead) {
   const int64_t a_stride = code_stride(t.w.shape);
   int64_t offset = 0;
   const int8_t* a = t.x.codes + row * a_stride + cursor.k;
@@ -104,7 +130,7 @@ void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end)
           [&](auto p) { dots[r][p] = segment.first ? set_i32(0) : load_i32(part + (r * Panels + p) * kPanel); });
     });
     const int64_t units = segment.inputs / k_unit(Bits);
-    dot_units<Bits, Range>(t.codes, offset, a, a_stride, k_unit(Bits), units, dots);
+    dot_units<Bits, Range>(t.codes, offset, a, a_stride, k_unit(Bits), units, ahead, dots);
     offset += units * unit_bytes(Bits);
     a += segment.inputs;
     if (segment.last) {
@@ -122,12 +148,13 @@ void sum_columns(const Int8Tile& t) {
   alignas(64) static constexpr int8_t kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                                    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   int64_t offset = 0;
+  Ahead nothing = {};
   for (Cursor cursor(t.w.shape, kMaxChunk); cursor.k < t.w.shape.padded_in();) {
     const Segment segment = cursor.next(t.w.shape.padded_in());
     I32x16 sums[1][Panels];
     unroll<Panels>([&](auto p) { sums[0][p] = set_i32(0); });
     const int64_t units = segment.inputs / k_unit(Bits);
-    dot_units<Bits, Bits>(t.codes, offset, kOnes, 0, 0, units, sums);
+    dot_units<Bits, Bits>(t.codes, offset, kOnes, 0, 0, units, nothing, sums);
     offset += units * unit_bytes(Bits);
     unroll<Panels>(
         [&](auto p) { store_i32(t.scratch.column_sum + (segment.chunk * Panels + p) * kPanel, sums[0][p]); });
@@ -143,7 +170,7 @@ void unpack_units(const uint8_t* in, int64_t units, uint8_t* out) {
   }
 }
 
-using Int8RowTile = void (*)(const Int8Tile&, int64_t row, Cursor, int64_t k_end);
+using Int8RowTile = void (*)(const Int8Tile&, int64_t row, Cursor, int64_t k_end, Ahead);
 
 // Tiles of 1 to Rows rows.
 template <int Bits, int Range, int Rows, int Panels>
@@ -156,42 +183,59 @@ struct Int8RowTiles {
   }
 };
 
-// All of K for a tile of many rows, block by block.
+// All of K for a tile of many rows, block by block. While it works on one block, the row tiles ask memory for the next.
 void int8_blocked(Int8Tile& t, int64_t rows) {
   static constexpr Int8RowTiles<8, 8, kTileRows, kTilePanels> kWide;
   static constexpr Int8RowTiles<8, 7, kTileRows, kTilePanels> kNarrow;
   constexpr int64_t kBlock = kBlockBytes / (kPanel * kTilePanels);
   const TileShape& shape = t.w.shape;
+  const int bits = shape.bits;
   // One row tile reads 8-bit codes just once: no reason to stop between blocks.
-  const int64_t block = shape.bits == 8 && rows <= kTileRows ? shape.padded_in() : kBlock;
+  const int64_t block = bits == 8 && rows <= kTileRows ? shape.padded_in() : kBlock;
   for (Cursor cursor(shape, kMaxChunk); cursor.k < shape.padded_in();) {
     const int64_t k_end = std::min(cursor.k + block, shape.padded_in());
     locate_codes(t.w, t.panels, kTilePanels, cursor.k, t.codes);
-    if (shape.bits < 8) {
-      with_bits(shape.bits, [&](auto bits) {
+    Ahead ahead = {.streams = {}, .count = 0, .step = 8 * bits, .offset = 0};
+    for (int p = 0; p < kTilePanels; ++p) {
+      const int64_t distance = block == kBlock ? kBlock * kPanel * bits / 8 : kAheadBytes;
+      // After the last block, the next one is the first of the following panels.
+      ahead.streams[p] = t.codes[p] + distance +
+                         (k_end == shape.padded_in() && block == kBlock ? (kTilePanels - 1) * shape.panel_bytes() : 0);
+    }
+    if (bits < 8) {
+      with_bits(bits, [&](auto width) {
         for (int64_t p = 0; p < t.panels.present; ++p) {
-          unpack_units<bits>(t.codes[p], (k_end - cursor.k) / k_unit(bits), t.scratch.block + p * kBlock * kPanel);
+          unpack_units<width>(t.codes[p], (k_end - cursor.k) / k_unit(width), t.scratch.block + p * kBlock * kPanel);
         }
       });
       for (int64_t p = 0; p < kTilePanels; ++p) {
         t.codes[p] = t.scratch.block + std::min(p, t.panels.present - 1) * kBlock * kPanel;
       }
     }
-    run_row_tiles((shape.bits == 8 ? kWide.of_rows : kNarrow.of_rows), rows,
-                  [&](Int8RowTile run, int64_t r) { run(t, t.row_begin + r, cursor, k_end); });
+    // The panels' streams are dealt out over the row tiles.
+    const auto share = static_cast<int>(ceil_div(kTilePanels, ceil_div(rows, kTileRows)));
+    int begin = 0;
+    run_row_tiles((bits == 8 ? kWide.of_rows : kNarrow.of_rows), rows, [&](Int8RowTile run, int64_t r) {
+      Ahead part = ahead;
+      part.count = std::min(share, kTilePanels - begin);
+      for (int i = 0; i < part.count; ++i) part.streams[i] = ahead.streams[begin + i];
+      begin += part.count;
+      run(t, t.row_begin + r, cursor, k_end, part);
+    });
     while (cursor.k < k_end) cursor.next(k_end);
   }
 }
 
 void int8_tile(Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t ldy) {
   const TileShape& shape = t.w.shape;
+  std::fill_n(t.scratch.acc, rows * kTilePanels * kPanel, 0.0f);
   with_bits(shape.bits, [&](auto bits) {
     locate_codes(t.w, t.panels, kTilePanels, 0, t.codes);
     if (t.corrected) sum_columns<bits, kTilePanels>(t);
     if constexpr (bits < 8) {
       if (rows <= direct_rows(bits)) {
         static constexpr Int8RowTiles<bits, bits, direct_rows(bits), kTilePanels> kDirect;
-        return kDirect.of_rows[rows - 1](t, t.row_begin, Cursor(shape, kMaxChunk), shape.padded_in());
+        return kDirect.of_rows[rows - 1](t, t.row_begin, Cursor(shape, kMaxChunk), shape.padded_in(), {});
       }
     }
     int8_blocked(t, rows);
@@ -205,13 +249,12 @@ void int8_tile(Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t l
 
 void matmul_int8(const TiledWeight& w, const QuantizedRows& x, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                  int64_t panel_end, const float* bias, float* y, int64_t ldy, void* scratch) {
-  for (int64_t row = row_begin; row < row_end; row += kSlabRows) {
-    const int64_t rows = std::min(kSlabRows, row_end - row);
+  run_slabs(row_begin, row_end, kSlabRows, [&](int64_t row, int64_t rows) {
     for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
       Int8Tile t = {w, x, Scratch(scratch), row, TilePanels(panel, panel_end, kTilePanels), {}, x.zero_point != 0};
       int8_tile(t, rows, bias, y, ldy);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kTilePanels = 1;
+constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
 

@@ -18,6 +18,7 @@ using U8x64 = __m512i;
 // 24 accumulators, 4 rows of codes and a broadcast: 29 of the 32 registers; 10 loads for 24 dot products.
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
+constexpr int kDirectAccumulators = 16;
 constexpr int kSplitBelow = 8;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
 

@@ -8,6 +8,7 @@ namespace {
 // 12 accumulators, 2 registers of codes and a broadcast: 15 of the 16 registers.
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
+constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
 

@@ -5,6 +5,7 @@
 //   U8x64             one 64-byte row of the tiles layout: 16 outputs x 4 inputs (a quad), one byte each
 //   DotRow, DotQuad   operands of dot(): a row of codes, and 4 activations repeated for every output
 //   kTileRows, kTilePanels   register tile of the matrix products: rows of x by panels of w
+//   kDirectAccumulators      rows x panels of a float tile that converts codes in registers (1, 2 or 4 panels)
 //   kSplitBelow       tiles with fewer accumulators than this get a second set, to hide the latency of dot()
 //   direct_rows(bits) up to this many rows, codes are unpacked in registers instead of into a block
 //   load_*, store_*, set_*, add_*, fma, dot, shift_and, code_to_float<Bits, J>, ... as below
@@ -34,6 +35,7 @@ struct U8x64 {
 
 constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
+constexpr int kDirectAccumulators = 1;
 constexpr int kSplitBelow = 0;
 constexpr int direct_rows(int) { return 1; }
 

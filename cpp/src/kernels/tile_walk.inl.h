@@ -76,9 +76,8 @@ HALFBYTE_INLINE auto with_bits(int bits, F&& f) {
 struct Segment {
   int64_t inputs;  // padded
   int64_t group;
-  int64_t chunk;      // counted over all groups
-  bool first, last;   // of its chunk
-  bool first_of_all;  // nothing was accumulated before its chunk
+  int64_t chunk;     // counted over all groups
+  bool first, last;  // of its chunk
 };
 
 // Walks K (padded) in segments; copies are cheap, so that every row tile walks the same block again.
@@ -92,7 +91,7 @@ struct Cursor {
   Segment next(int64_t k_end) {
     const int64_t chunk_end = std::min(chunk_size, padded_group - (in_group - in_chunk));
     const int64_t inputs = std::min(chunk_end - in_chunk, k_end - k);
-    const Segment segment = {inputs, group, chunk, in_chunk == 0, in_chunk + inputs == chunk_end, chunk == 0};
+    const Segment segment = {inputs, group, chunk, in_chunk == 0, in_chunk + inputs == chunk_end};
     k += inputs, in_group += inputs, in_chunk += inputs;
     if (segment.last) ++chunk, in_chunk = 0;
     if (in_group == padded_group) ++group, in_group = 0;
@@ -147,10 +146,21 @@ HALFBYTE_INLINE void run_row_tiles(const Kernel (&tiles)[Max], int64_t rows, Run
   }
 }
 
+// Calls run(first row, rows) for slabs of equal height.
+template <class Run>
+HALFBYTE_INLINE void run_slabs(int64_t row_begin, int64_t row_end, int64_t most, Run&& run) {
+  const int64_t rows = row_end - row_begin, count = ceil_div(rows, most);
+  for (int64_t slab = 0; slab < count; ++slab) {
+    const int64_t begin = slab * rows / count, end = (slab + 1) * rows / count;
+    run(row_begin + begin, end - begin);
+  }
+}
+
 // Scratch of one product over a slab of rows and a tile of panels.
 constexpr int kMaxPanels = 4;              // panels of the widest tile
-constexpr int64_t kSlabRows = 240;         // rows that share one pass over the weights: a multiple of every kTileRows
+constexpr int64_t kSlabRows = 384;         // most rows that share one pass over the weights
 constexpr int64_t kBlockBytes = 32 << 10;  // unpacked codes of a tile and a block of inputs: most of the L1 cache
+constexpr int64_t kAheadBytes = 1024;      // how far ahead of its own reading a tile that reads memory directly asks
 
 struct Scratch {
   uint8_t* block;       // [kBlockBytes]
@@ -190,9 +200,8 @@ inline void locate_codes(const TiledWeight& w, const TilePanels& panels, int64_t
 
 // y = finish(acc, row, bias of the panel) for the rows of a slab and the panels of a tile.
 template <int Panels, class Finish>
-HALFBYTE_INLINE void store_tile(const TileShape& shape, const TilePanels& panels, float* acc, int64_t rows,
+HALFBYTE_INLINE void store_tile(const TileShape& shape, const TilePanels& panels, const float* acc, int64_t rows,
                                 const float* bias, float* y, int64_t ldy, Finish&& finish) {
-  if (shape.in_features == 0) std::fill_n(acc, rows * Panels * kPanel, 0.0f);  // no chunk has written it
   for (int64_t p = 0; p < panels.present; ++p) {
     const int64_t output = panels.index[p] * kPanel, count = outputs_in_panel(shape, panels.index[p]);
     const auto load = [](const float* from) { return load_f32(from); };
