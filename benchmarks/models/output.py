@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def environment() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "halfbyte": hb.__version__,
         "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 
