@@ -108,13 +108,16 @@ class InputStatistics:
         Raises:
             QuantizationError: NaN or inf among the inputs; names the module and its batch.
         """
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        squares = rows.square().sum(dim=0, dtype=torch.float64)
-        if not torch.isfinite(squares).all():
-            raise QuantizationError(f"{self._name}: NaN or inf among its inputs, the {self.batches + 1}. time it ran")
-        self._sum_of_squares = squares if self._sum_of_squares is None else self._sum_of_squares + squares
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self._add(rows)
         self.tokens += rows.shape[0]
         self.batches += 1
+
+    def _add(self, rows: Tensor) -> None:
+        squares = rows.float().square().sum(dim=0, dtype=torch.float64)
+        if not torch.isfinite(squares).all():
+            raise self._not_finite()
+        self._sum_of_squares = squares if self._sum_of_squares is None else self._sum_of_squares + squares
 
     @property
     def mean_square(self) -> Tensor:
@@ -124,8 +127,14 @@ class InputStatistics:
             QuantizationError: the module never ran.
         """
         if self._sum_of_squares is None or self.tokens == 0:
-            raise QuantizationError(
-                f"{self._name} never ran on the data: give data that reaches it, or leave it out with "
-                f"hb.Recipe(..., overrides={{{self._name!r}: None}})"
-            )
+            raise self._never_ran()
         return (self._sum_of_squares / self.tokens).float()
+
+    def _not_finite(self) -> QuantizationError:
+        return QuantizationError(f"{self._name}: NaN or inf among its inputs, the {self.batches + 1}. time it ran")
+
+    def _never_ran(self) -> QuantizationError:
+        return QuantizationError(
+            f"{self._name} never ran on the data: give data that reaches it, or leave it out with "
+            f"hb.Recipe(..., overrides={{{self._name!r}: None}})"
+        )

@@ -1,0 +1,91 @@
+"""Second moments of a layer's inputs, `H = mean(x x^T)`, and the triangular factor that GPTQ rounds with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte import ops
+from halfbyte.calibration import InputStatistics
+from halfbyte.errors import QuantizationError
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_DAMPING = 1e6
+
+
+class InputHessian(InputStatistics):
+    """`H` of a module's inputs over all tokens seen; registered as a forward pre-hook.
+
+    Holds `4 I^2` bytes: the lower triangle in float64.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._tiles: Tensor | None = None
+        self._features = 0
+
+    def _add(self, rows: Tensor) -> None:
+        if not torch.isfinite(rows).all():
+            raise self._not_finite()
+        if self._tiles is None:
+            self._features = rows.shape[1]
+            self._tiles = ops.hessian_tiles(self._features)
+        ops.hessian_update_(self._tiles, rows if rows.dtype in _FLOAT_DTYPES else rows.float())
+
+    @property
+    def mean_square(self) -> Tensor:
+        """`[I]` float32, the diagonal of H."""
+        return self.matrix().diagonal().float()
+
+    def matrix(self) -> Tensor:
+        """`[I, I]` float64.
+
+        Raises:
+            QuantizationError: the module never ran.
+        """
+        if self._tiles is None or self.tokens == 0:
+            raise self._never_ran()
+        return ops.hessian_matrix(self._tiles, self._features).div_(self.tokens)
+
+
+def hessian_bytes(in_features: int) -> int:
+    """Memory that collecting and factoring one Hessian takes: sums, the matrix in float64, three copies in float32."""
+    return 24 * in_features**2
+
+
+def reversed_cholesky(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
+    """Upper triangular R with `H + damping * mean(diag H) * I = R R^T`, columns taken in `order`.
+
+    Computed in float32; where that breaks down in float64; where that does too, with twice the damping, and so on.
+
+    Args:
+        hessian: `[I, I]` float64, symmetric.
+        damping: Relative to the mean of the diagonal, positive or zero.
+        order: `[I]`, a permutation.
+
+    Returns:
+        R, `[I, I]` float32 with rows and columns in `order`; and the damping that was used.
+
+    Raises:
+        QuantizationError: no damping helps: H is not finite.
+
+    Example:
+        >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> r, damping = reversed_cholesky(h, 0.0, torch.arange(2))
+        >>> torch.allclose(r @ r.T, h.float())
+        True
+    """
+    mean = hessian.diagonal().mean().item()
+    reverse = order.flip(0)
+    matrix = hessian[reverse][:, reverse]
+    diagonal = matrix.diagonal().clone()
+    used = damping
+    while used < _LARGEST_DAMPING:
+        matrix.diagonal().copy_(diagonal + used * (mean if mean > 0 else 1.0))
+        for dtype in (torch.float32, torch.float64):
+            lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
+            factor = lower.flip(0, 1).float()
+            if failed.item() == 0 and bool((factor.diagonal() > 0).all()) and bool(torch.isfinite(factor).all()):
+                return factor, used
+        used = max(2 * used, 1e-6)
+    raise QuantizationError("the Hessian of the inputs is not finite, or negative far beyond rounding errors")
