@@ -12,7 +12,7 @@ from halfbyte._extension import (
     available_capabilities,
     cpu_capability,
 )
-from halfbyte.algorithms import MSE, RTN
+from halfbyte.algorithms import GPTQ, MSE, RTN
 from halfbyte.compare import CompareReport, compare
 from halfbyte.doctor import Doctor, doctor
 from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError, VerificationError
@@ -39,6 +39,7 @@ from halfbyte.verify import VerifyReport, verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
 __all__ = [
+    "GPTQ",
     "MSE",
     "RTN",
     "CompareReport",

@@ -37,11 +37,16 @@ def parse_bytes(size: MemorySize) -> int:
     return int(number * _UNITS[unit])
 
 
-def conversion_budget(made: Plan, max_memory: MemorySize | None) -> int:
+def conversion_budget(made: Plan, max_memory: MemorySize | None, *, calibration: int = 0) -> int:
     """Bytes of finished weights that may wait in memory while a model is converted; the rest waits in a file.
 
     Beside the model, the layer at work takes at most one and a half times its float32 size: its codes twice while parts are
     joined, and a bounded chunk of floats.
+
+    Args:
+        made: The plan.
+        max_memory: What the model and the work may take together.
+        calibration: Bytes that collecting statistics takes beside that.
 
     Raises:
         QuantizationError: `max_memory` is less than the model and that layer; says what is needed.
@@ -49,11 +54,11 @@ def conversion_budget(made: Plan, max_memory: MemorySize | None) -> int:
     largest = max(row.shape[0] * row.shape[1] * 4 for row in made.targets if row.shape is not None)
     if max_memory is None:
         return largest // 2
-    needed = made.bytes_before + largest * 3 // 2
+    needed = made.bytes_before + largest * 3 // 2 + calibration
     limit = parse_bytes(max_memory)
     if limit < needed:
         raise QuantizationError(
             f"max_memory={max_memory!r} is too little: the model ({format_bytes(made.bytes_before)}) and the work on its "
-            f"largest layer need {format_bytes(needed)}"
+            f"largest layer{' and its calibration' if calibration else ''} need {format_bytes(needed)}"
         )
     return limit - needed

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import ops
-from halfbyte.algorithms import Rounding, default_rounding
+from halfbyte.algorithms import HessianRounding, Rounding, default_rounding
 from halfbyte.calibration import Data, Forward, InputStatistics, check_data, run_data
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
 from halfbyte.formats import FloatFormat, IntFormat
+from halfbyte.hessian import InputHessian, hessian_bytes
 from halfbyte.memory import MemorySize, conversion_budget
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import PANEL, WeightPacker, packed_bytes
@@ -28,6 +29,7 @@ from halfbyte.progress import track
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
 from halfbyte.schemes import Scheme
+from halfbyte.sequential import round_in_order, section_bytes
 from halfbyte.staging import Staging
 from halfbyte.swap import in_parts, interrupts_deferred, put_parts_in_place, replace_module
 from halfbyte.targets import disable_fast_paths
@@ -81,11 +83,13 @@ def quantize_(
     start = time.perf_counter()
     if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
-    preparation = _Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback)
+    preparation = _Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback, in_order=True)
     if data is None and any(a.needs_data for a in preparation.algorithms):
         names = ", ".join(type(a).__name__ for a in preparation.algorithms if a.needs_data)
         raise QuantizationError(f"{names} needs calibration data: pass data=<iterable of batches>")
     with in_parts(model, preparation.plan.taken_apart):
+        if data is not None and preparation.hessian_rounding is not None:
+            return _convert(model, preparation, progress, start, batches=list(check_data(data)), forward=forward)
         if data is not None:
             with preparation.observing(model):
                 preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
@@ -179,6 +183,7 @@ class _Preparation:
 
     plan: Plan
     algorithms: tuple[Rounding, ...]
+    on_fallback: OnFallback
     staging_budget: int
     statistics: dict[str, InputStatistics]
     batches: int = 0
@@ -190,18 +195,36 @@ class _Preparation:
         algorithms: Sequence[Rounding],
         max_memory: MemorySize | None,
         on_fallback: OnFallback,
+        *,
+        in_order: bool = False,
     ) -> _Preparation:
-        """Resolves and checks everything that can be checked before work."""
+        """Resolves and checks everything that can be checked before work.
+
+        With `in_order`, Hessians exist one layer at a time; otherwise those of all layers do until the model is converted.
+        """
         announce((), on_fallback)
         chosen = _check_algorithms(algorithms)
         made = plan(model, recipe)
-        staging_budget = conversion_budget(made, max_memory)
         modules = ModelInParts.of(model, made.taken_apart).modules
+        inputs = [row for row in made.targets if _has_inputs(modules[row.name], made, row)]
+        hessian = bool(chosen) and isinstance(chosen[-1], HessianRounding)
+        calibration = _calibration_bytes(model, inputs, in_order=in_order) if hessian else 0
+        staging_budget = conversion_budget(made, max_memory, calibration=calibration)
         made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
         announce(made.fallbacks, on_fallback)
-        observed = [row.name for row in made.targets if _observed(modules[row.name], row)]
-        statistics = {name: InputStatistics(name) for name in observed}
-        return _Preparation(plan=made, algorithms=chosen, staging_budget=staging_budget, statistics=statistics)
+        with_hessian = {row.name for row in inputs} if hessian else set()
+        statistics = {
+            row.name: InputHessian(row.name) if row.name in with_hessian else InputStatistics(row.name)
+            for row in made.targets
+            if _observed(modules[row.name], row)
+        }
+        return _Preparation(
+            plan=made,
+            algorithms=chosen,
+            on_fallback=on_fallback,
+            staging_budget=staging_budget,
+            statistics=statistics,
+        )
 
     def observe(self, model: nn.Module) -> None:
         """Hooks the statistics to their modules."""
@@ -224,6 +247,12 @@ class _Preparation:
         """The algorithm that chooses the integers of a module."""
         assert row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
         return self.algorithms[-1] if self.algorithms else default_rounding(row.scheme.weight)
+
+    @property
+    def hessian_rounding(self) -> HessianRounding | None:
+        """The algorithm, if it needs Hessians."""
+        last = self.algorithms[-1] if self.algorithms else None
+        return last if isinstance(last, HessianRounding) else None
 
     def importance_of(self, row: PlanRow) -> Tensor | None:
         """Mean square of each input of a module, or None if nothing was run."""
@@ -271,6 +300,20 @@ def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
 def _observed(module: nn.Module, row: PlanRow) -> bool:
     integer = row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
     return integer and isinstance(module, nn.Linear)
+
+
+def _has_inputs(module: nn.Module, made: Plan, row: PlanRow) -> bool:
+    """Whether all that is read of a module's weight are products with inputs: not a table, nor tied to one."""
+    return _observed(module, row) and row.tied_to is None and all(row.name != other.tied_to for other in made.targets)
+
+
+def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool) -> int:
+    """What Hessians take: one at a time and a copy of a block where layers are calibrated in order, else all of them."""
+    in_features = [row.shape[1] for row in inputs if row.shape is not None]
+    if not in_features:
+        return 0
+    kept = section_bytes(model, [row.name for row in inputs]) if in_order else sum(4 * size**2 for size in in_features)
+    return hessian_bytes(max(in_features)) + kept
 
 
 def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
@@ -322,18 +365,32 @@ class _Rounded:
 
     relative_error: float
     seconds: float
+    rounding: str
+    fallbacks: tuple[Fallback, ...] = ()
 
 
-def _convert(model: nn.Module, preparation: _Preparation, progress: bool, start: float) -> Report:
+def _convert(
+    model: nn.Module,
+    preparation: _Preparation,
+    progress: bool,
+    start: float,
+    *,
+    batches: Sequence[object] = (),
+    forward: Forward | None = None,
+) -> Report:
+    """Rounds all weights and swaps all modules; with `batches`, layers that need Hessians are calibrated in order first."""
     made = preparation.plan
     with Staging(preparation.staging_budget) as staging:
         results: dict[str, _Rounded] = {}
         with torch.no_grad():
-            for row in track(list(made.targets), "quantizing", enabled=progress):
-                if row.tied_to is None:
-                    results[row.name] = _round_weight(model, row, preparation, staging)
+            if batches:
+                results = _round_in_order(model, preparation, staging, batches, forward, progress)
+            rows = [row for row in made.targets if row.tied_to is None and row.name not in results]
+            for row in track(rows, "quantizing", enabled=progress):
+                results[row.name] = _round_weight(model, row, preparation, staging)
+        announce((f for result in results.values() for f in result.fallbacks), preparation.on_fallback)
         _commit(model, made, staging)
-    modules = tuple(_module_report(row, preparation, results) for row in made.rows)
+    modules = tuple(_module_report(row, results) for row in made.rows)
     return Report(
         modules=modules,
         bytes_before=made.bytes_before,
@@ -343,17 +400,16 @@ def _convert(model: nn.Module, preparation: _Preparation, progress: bool, start:
     )
 
 
-def _module_report(row: PlanRow, preparation: _Preparation, results: dict[str, _Rounded]) -> ModuleReport:
+def _module_report(row: PlanRow, results: dict[str, _Rounded]) -> ModuleReport:
     if row.scheme is None:
         return ModuleReport(plan=row, fallbacks=row.fallbacks)
     result = results[row.tied_to or row.name]
-    integer = isinstance(row.scheme.weight, IntFormat)
     return ModuleReport(
         plan=row,
-        rounding=type(preparation.rounding_of(row)).__name__ if integer else "cast",
+        rounding=result.rounding,
         relative_error=result.relative_error,
         seconds=0.0 if row.tied_to else result.seconds,
-        fallbacks=row.fallbacks,
+        fallbacks=row.fallbacks + (() if row.tied_to else result.fallbacks),
     )
 
 
@@ -364,6 +420,9 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: _Preparation, sta
     assert row.scheme is not None and isinstance(weight, Tensor)
     weight_format = row.scheme.weight
     error = norm = 0.0
+    statistics = preparation.statistics.get(row.name)
+    if isinstance(statistics, InputHessian):
+        return _round_layer(row, weight, statistics, preparation, staging)[0]
     if isinstance(weight_format, FloatFormat):  # cast when it is swapped in: it costs no search
         for rows in _row_chunks(weight):
             error += (rows.float() - rows.to(weight_format.dtype).float()).square().sum(dtype=torch.float64).item()
@@ -379,7 +438,48 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: _Preparation, sta
             norm += rows.float().square().sum(dtype=torch.float64).item()
         staging.put(row.name, packer.packed())
     relative_error = (error / norm) ** 0.5 if norm > 0 else 0.0
-    return _Rounded(relative_error, time.perf_counter() - start)
+    name = "cast" if isinstance(weight_format, FloatFormat) else type(rounding).__name__
+    return _Rounded(relative_error, time.perf_counter() - start, name)
+
+
+def _round_layer(
+    row: PlanRow, weight: Tensor, inputs: InputHessian, preparation: _Preparation, staging: Staging
+) -> tuple[_Rounded, Tensor]:
+    """Chooses the integers of one weight from the Hessian of its inputs and stages them; also gives the new weight."""
+    start = time.perf_counter()
+    rounding = preparation.hessian_rounding
+    assert rounding is not None and row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    weight_format = row.scheme.weight
+    layer = rounding.round_layer(row.name, weight.detach(), weight_format, inputs)
+    rounded = layer.codes.dequantize(weight_format.group_size(weight.shape[1]))
+    packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
+    packer.add(layer.codes)
+    staging.put(row.name, packer.packed())
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    error = torch.linalg.vector_norm(rounded - weight.detach(), dtype=torch.float64).item()
+    seconds = time.perf_counter() - start
+    return _Rounded(error / norm if norm > 0 else 0.0, seconds, type(rounding).__name__, layer.fallbacks), rounded
+
+
+def _round_in_order(
+    model: nn.Module,
+    preparation: _Preparation,
+    staging: Staging,
+    batches: Sequence[object],
+    forward: Forward | None,
+    progress: bool,
+) -> dict[str, _Rounded]:
+    rows = {row.name: row for row in preparation.plan.targets}
+    results: dict[str, _Rounded] = {}
+
+    def round_layer(name: str, layer: nn.Linear, inputs: InputHessian) -> Tensor:
+        results[name], rounded = _round_layer(rows[name], layer.weight, inputs, preparation, staging)
+        return rounded
+
+    names = [name for name, statistics in preparation.statistics.items() if isinstance(statistics, InputHessian)]
+    round_in_order(model, names, batches, round_layer, forward=forward, progress=progress)
+    preparation.batches += len(batches)
+    return results
 
 
 def _row_chunks(weight: Tensor) -> Iterator[Tensor]:

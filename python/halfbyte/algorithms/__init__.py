@@ -1,5 +1,6 @@
 """Algorithms that turn float weights into better integers. A *rounding* chooses the integers of each layer."""
 
-from halfbyte.algorithms.rounding import MSE, RTN, Rounding, default_rounding
+from halfbyte.algorithms.gptq import GPTQ
+from halfbyte.algorithms.rounding import MSE, RTN, HessianRounding, RoundedLayer, Rounding, default_rounding
 
-__all__ = ["MSE", "RTN", "Rounding", "default_rounding"]
+__all__ = ["GPTQ", "MSE", "RTN", "HessianRounding", "RoundedLayer", "Rounding", "default_rounding"]

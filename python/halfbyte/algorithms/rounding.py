@@ -10,7 +10,9 @@ from torch import Tensor
 
 from halfbyte import ops
 from halfbyte.errors import QuantizationError
+from halfbyte.fallback import Fallback
 from halfbyte.formats import IntFormat
+from halfbyte.hessian import InputHessian
 from halfbyte.nn.packed_weight import WeightCodes
 
 
@@ -30,6 +32,33 @@ class Rounding(Protocol):
             weight: `[rows, I]`, floating point, finite.
             weight_format: Target format; its group size divides `I`.
             importance: `[I]` float32, mean square of each input over the calibration data, or None without data.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedLayer:
+    """A whole weight, rounded, and what had to be done otherwise than asked."""
+
+    codes: WeightCodes
+    fallbacks: tuple[Fallback, ...] = ()
+
+
+@runtime_checkable
+class HessianRounding(Rounding, Protocol):
+    """A rounding that looks at how the inputs of a layer go together: it gets each Linear whole, with their Hessian.
+
+    Its `round` is called for what has no such inputs: tables.
+    """
+
+    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
+        """Integers and qparams of a weight.
+
+        Args:
+            name: Qualified name of the layer, for messages.
+            weight: `[O, I]`, floating point, finite.
+            weight_format: Target format; its group size divides `I`.
+            inputs: Second moments of the inputs over the calibration data.
         """
         ...
 

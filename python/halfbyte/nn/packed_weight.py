@@ -118,9 +118,7 @@ class WeightPacker:
         """The whole weight, once all rows are in."""
         assert self._rows == self._shape[0]
         tensors = self._tensors
-        return PackedWeight(
-            tensors["qweight"], tensors["scale"], tensors.get("zero_point"), self._layout, self._shape
-        )
+        return PackedWeight(tensors["qweight"], tensors["scale"], tensors.get("zero_point"), self._layout, self._shape)
 
 
 def packed_shapes(

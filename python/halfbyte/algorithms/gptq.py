@@ -1,0 +1,133 @@
+"""GPTQ: columns are rounded one after another, and each makes up for the errors of those before it.
+
+Frantar et al. 2023 (arXiv:2210.17323), in the form of Chee et al. 2023 (arXiv:2307.13304, LDLQ), which gives the same
+numbers from one Cholesky factorisation and no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte import ops
+from halfbyte.algorithms.rounding import MSE, RoundedLayer
+from halfbyte.errors import QuantizationError
+from halfbyte.fallback import Fallback
+from halfbyte.formats import IntFormat
+from halfbyte.hessian import InputHessian, reversed_cholesky
+from halfbyte.nn.packed_weight import WeightCodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTQ:
+    """Rounding that minimises the error of the layer's output on calibration data.
+
+    `quantize_` works through the model block by block, and within a block layer by layer, so that every layer sees inputs
+    that the already quantized layers before it produce. Tables, whose rows are read alone, are rounded by `MSE`.
+
+    Args:
+        damping: Added to the diagonal of the Hessian, relative to its mean. Doubled until it can be factored; the report
+            says where that happened.
+        act_order: Round columns with large inputs first, when later ones can still make up for them. The stored layout does
+            not depend on it. With dynamic scales, groups and the columns within each are ordered.
+        group_scales: "static" chooses all scales on the original weights, "dynamic" each group's when its turn comes, on the
+            weights as the errors so far have shifted them.
+        grid, max_shrink: Range search of the scales, as in `MSE`; `grid=1` takes min to max.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> batches = [torch.randn(32, 64) for _ in range(4)]
+        >>> report = hb.quantize_(model, hb.int4_weight_only(32), data=batches, algorithms=[hb.GPTQ()], progress=False)
+        >>> report.modules[0].rounding
+        'GPTQ'
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    group_scales: Literal["static", "dynamic"] = "dynamic"
+    grid: int = 64
+    max_shrink: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.damping < 1e3:
+            raise ValueError(f"damping={self.damping} is not in [0, 1000); use e.g. 0.01")
+        if self.group_scales not in ("static", "dynamic"):
+            raise ValueError(f"group_scales={self.group_scales!r} is unknown; use 'static' or 'dynamic'")
+        MSE(grid=self.grid, max_shrink=self.max_shrink)
+
+    @property
+    def needs_data(self) -> bool:
+        """Always."""
+        return True
+
+    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+        """Rounds rows of a table, which has no Hessian."""
+        return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)
+
+    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
+        """Rounds a whole weight.
+
+        Raises:
+            QuantizationError: fewer tokens than the layer has inputs, so that its Hessian cannot have full rank.
+        """
+        in_features = weight.shape[1]
+        hessian = inputs.matrix()
+        if inputs.tokens < in_features:
+            raise QuantizationError(
+                f"{name}: {inputs.tokens} tokens of calibration data reached it, fewer than its {in_features} inputs; give at "
+                f"least {in_features - inputs.tokens} more"
+            )
+        # Damped like the Hessian itself: columns that were never seen keep a say in the range.
+        diagonal = hessian.diagonal()
+        importance = (diagonal + self.damping * diagonal.mean()).float()
+        group_size = weight_format.group_size(in_features)
+        order = self._order(importance, group_size)
+        factor, damping = reversed_cholesky(hessian, self.damping, order)
+        del hessian, diagonal
+        static = None
+        if self.group_scales == "static":
+            static = ops.search_qparams(
+                weight,
+                importance,
+                bits=weight_format.bits,
+                symmetric=weight_format.symmetric,
+                narrow_range=weight_format.narrow_range,
+                group_size=group_size,
+                grid=self.grid,
+                max_shrink=self.max_shrink,
+                scale_dtype=weight_format.scale_dtype,
+            )
+        codes, scale, zero_point, _ = ops.gptq_round(
+            weight,
+            factor,
+            bits=weight_format.bits,
+            symmetric=weight_format.symmetric,
+            narrow_range=weight_format.narrow_range,
+            group_size=group_size,
+            order=order,
+            scale=None if static is None else static[0],
+            zero_point=None if static is None else static[1],
+            importance=importance,
+            grid=self.grid,
+            max_shrink=self.max_shrink,
+            scale_dtype=weight_format.scale_dtype,
+        )
+        fallbacks: tuple[Fallback, ...] = ()
+        if damping != self.damping:
+            message = f"its Hessian could not be factored with damping={self.damping:g}: {damping:g} is used"
+            fallbacks = (Fallback(name, "damping", message),)
+        zero = None if weight_format.symmetric else zero_point.to(torch.uint8)
+        return RoundedLayer(WeightCodes(codes, scale, zero), fallbacks)
+
+    def _order(self, importance: Tensor, group_size: int) -> Tensor:
+        if not self.act_order:
+            return torch.arange(len(importance))
+        if self.group_scales == "static":
+            return torch.argsort(importance, descending=True, stable=True)
+        grouped = importance.view(-1, group_size)
+        within = torch.argsort(grouped, dim=1, descending=True, stable=True)
+        groups = torch.argsort(grouped.mean(dim=1), descending=True, stable=True)
+        return (within + torch.arange(len(grouped))[:, None] * group_size)[groups].reshape(-1)
