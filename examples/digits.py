@@ -217,7 +217,9 @@ def plot(rows: list[Row], path: Path) -> None:
     right.axvline(1, color=muted, linewidth=1, linestyle=(0, (4, 4)), zorder=3)
     right.set_yticks(list(places), names)
     right.set_xlabel("speed relative to float32")
-    right.set_title(f"Speed, {torch.get_num_threads()} threads, {hb.cpu_capability()}", loc="left", fontweight="bold")
+    right.set_title(
+        f"Speed; threads: {torch.get_num_threads()}, level: {hb.cpu_capability()}", loc="left", fontweight="bold"
+    )
     right.legend(frameon=False, loc="upper right")
     right.margins(x=0.12)
 
@@ -242,7 +244,7 @@ def main() -> None:
     float_model = train(x_train, y_train, epochs=arguments.epochs)
     print(
         f"Trained {sum(p.numel() for p in float_model.parameters()):,} parameters on {len(x_train)} images in "
-        f"{time.perf_counter() - start:.1f} s; {torch.get_num_threads()} threads, {hb.cpu_capability()}.\n"
+        f"{time.perf_counter() - start:.1f} s; threads: {torch.get_num_threads()}, level: {hb.cpu_capability()}.\n"
     )
 
     recipe = hb.Recipe(default=hb.int4_weight_only(group_size=64), overrides={"head": hb.int8_weight_only()})
