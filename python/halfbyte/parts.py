@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from halfbyte.nn import (
+    QuantizedEmbeddingBag,
     QuantizedGRU,
     QuantizedGRUCell,
     QuantizedLSTM,
@@ -214,6 +215,10 @@ def _attention_reason(module: nn.Module) -> str | None:
     return None
 
 
+def _embedding_bag_reason(module: nn.Module) -> str | None:
+    return "max_norm rewrites its rows in forward" if module.max_norm is not None else None
+
+
 def _linear_of_conv1d(module: nn.Module) -> nn.Module:
     """transformers' Conv1D (GPT-2 and its kin) is a Linear with a transposed weight."""
     return as_linear(module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
@@ -226,4 +231,5 @@ register_module(nn.LSTMCell, QuantizedLSTMCell)
 register_module(nn.GRUCell, QuantizedGRUCell)
 register_module(nn.RNNCell, QuantizedRNNCell)
 register_module(nn.MultiheadAttention, QuantizedMultiheadAttention, why_float=_attention_reason)
+register_module(nn.EmbeddingBag, QuantizedEmbeddingBag, why_float=_embedding_bag_reason)
 _BY_NAME["transformers.pytorch_utils.Conv1D"] = _linear_of_conv1d

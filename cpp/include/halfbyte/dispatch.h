@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "halfbyte/elementwise.h"
+#include "halfbyte/embedding_bag.h"
 #include "halfbyte/gptq.h"
 #include "halfbyte/histogram.h"
 #include "halfbyte/matmul.h"
@@ -21,6 +22,7 @@ struct KernelTable {
   HistogramKernels histogram;
   GptqKernels gptq;
   RecurrentKernels recurrent;
+  EmbeddingBagKernels embedding_bag;
 };
 
 extern const KernelTable kScalarTable;

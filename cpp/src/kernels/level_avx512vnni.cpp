@@ -4,6 +4,7 @@
 #include "simd_avx512vnni.h"
 // The kernels below are written in terms of the primitives above, in an anonymous namespace.
 #include "elementwise.inl.h"
+#include "embedding_bag.inl.h"
 #include "gptq.inl.h"
 #include "histogram.inl.h"
 #include "matmul.inl.h"
@@ -12,7 +13,7 @@
 
 namespace halfbyte {
 // constinit: filling the table at load time would run this level's instructions on every CPU.
-constinit const KernelTable kAvx512VnniTable = {"avx512vnni",       elementwise_kernels(), matmul_kernels(),
-                                                training_kernels(), histogram_kernels(),   gptq_kernels(),
-                                                recurrent_kernels()};
+constinit const KernelTable kAvx512VnniTable = {"avx512vnni",        elementwise_kernels(),  matmul_kernels(),
+                                                training_kernels(),  histogram_kernels(),    gptq_kernels(),
+                                                recurrent_kernels(), embedding_bag_kernels()};
 }  // namespace halfbyte

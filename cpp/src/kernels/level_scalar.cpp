@@ -3,6 +3,7 @@
 #include "simd_scalar.h"
 // The kernels below are written in terms of the primitives above, in an anonymous namespace.
 #include "elementwise.inl.h"
+#include "embedding_bag.inl.h"
 #include "gptq.inl.h"
 #include "histogram.inl.h"
 #include "matmul.inl.h"
@@ -10,7 +11,7 @@
 #include "training.inl.h"
 
 namespace halfbyte {
-constinit const KernelTable kScalarTable = {"scalar",           elementwise_kernels(), matmul_kernels(),
-                                            training_kernels(), histogram_kernels(),   gptq_kernels(),
-                                            recurrent_kernels()};
+constinit const KernelTable kScalarTable = {
+    "scalar",       elementwise_kernels(), matmul_kernels(),       training_kernels(), histogram_kernels(),
+    gptq_kernels(), recurrent_kernels(),   embedding_bag_kernels()};
 }  // namespace halfbyte

@@ -72,4 +72,11 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
                                              int64_t group_size, bool int8, bool reverse, OptionalTensor batch_sizes);
 std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
 
+// embedding_bag_ops.cpp: mode is 0 sum, 1 mean, 2 max.
+Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor per_sample_weights, Tensor qweight,
+                                 Tensor scale, OptionalTensor zero_point, int64_t bits, int64_t num_embeddings,
+                                 int64_t embedding_dim, int64_t group_size, bool tiled, int64_t mode,
+                                 bool include_last_offset, OptionalInt padding_idx,
+                                 torch::headeronly::ScalarType dtype);
+
 }  // namespace halfbyte::ops

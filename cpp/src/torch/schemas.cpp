@@ -55,6 +55,11 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "bias, "
       "int cell, int bits, int group_size, bool int8, bool reverse, Tensor? batch_sizes) -> (Tensor, Tensor, Tensor)");
   m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
+  m.def(
+      "embedding_bag_weight_only(Tensor indices, Tensor offsets, Tensor? per_sample_weights, Tensor qweight, Tensor "
+      "scale, "
+      "Tensor? zero_point, int bits, int num_embeddings, int embedding_dim, int group_size, bool tiled, int mode, "
+      "bool include_last_offset, int? padding_idx, ScalarType dtype) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
@@ -80,4 +85,5 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("gptq_round", TORCH_BOX(&gptq_round));
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("recurrent_cell", TORCH_BOX(&recurrent_cell));
+  m.impl("embedding_bag_weight_only", TORCH_BOX(&embedding_bag_weight_only));
 }

@@ -7,6 +7,7 @@ weights (`QuantizedLSTM`, `QuantizedMultiheadAttention`, …) are made of these.
 from halfbyte.nn.as_layers import as_embedding, as_linear
 from halfbyte.nn.attention import QuantizedMultiheadAttention
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
+from halfbyte.nn.embedding_bag import QuantizedEmbeddingBag
 from halfbyte.nn.linear import HalfLinear, QuantizedLinear
 from halfbyte.nn.packed_weight import PackedWeight, WeightCodes
 from halfbyte.nn.quantized_module import QuantizedModule
@@ -24,6 +25,7 @@ __all__ = [
     "HalfLinear",
     "PackedWeight",
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedGRU",
     "QuantizedGRUCell",
     "QuantizedLSTM",

@@ -2,6 +2,7 @@
 
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
 from halfbyte.ops.embedding import embedding_weight_only
+from halfbyte.ops.embedding_bag import BagMode, embedding_bag_weight_only
 from halfbyte.ops.gptq import gptq_round, hessian_matrix, hessian_tiles, hessian_update_
 from halfbyte.ops.histogram import grow_histogram, histogram_update_
 from halfbyte.ops.learned import fake_quantize_learned
@@ -10,9 +11,11 @@ from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
 from halfbyte.ops.recurrent import Cell, recurrent, recurrent_cell
 
 __all__ = [
+    "BagMode",
     "Cell",
     "Layout",
     "dequantize",
+    "embedding_bag_weight_only",
     "embedding_weight_only",
     "fake_quantize",
     "fake_quantize_learned",

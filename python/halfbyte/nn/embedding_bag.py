@@ -1,0 +1,94 @@
+"""Bags of embedding rows, reduced straight from a packed table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte import ops
+from halfbyte.nn.as_layers import as_embedding
+from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
+from halfbyte.ops import BagMode
+
+
+class QuantizedEmbeddingBag(nn.Module):
+    """`nn.EmbeddingBag` whose rows are in the part `table`, a (quantized) embedding.
+
+    Args:
+        bag: The module whose place it takes.
+
+    Example:
+        >>> model = nn.ModuleDict({"bag": nn.EmbeddingBag(100, 64, mode="sum")})
+        >>> recipe = hb.Recipe(default=hb.int8_dynamic(), overrides={nn.EmbeddingBag: hb.int4_weight_only(32)})
+        >>> _ = hb.quantize_(model, recipe, progress=False)
+        >>> model["bag"](torch.tensor([3, 1, 4, 1, 5]), torch.tensor([0, 2])).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = bag.num_embeddings, bag.embedding_dim
+        self.mode: BagMode = bag.mode  # type: ignore[assignment]
+        self.padding_idx, self.include_last_offset = bag.padding_idx, bag.include_last_offset
+        self.table = as_embedding(bag.weight, bag.padding_idx)
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As `nn.EmbeddingBag.forward`: `[B, embedding_dim]`.
+
+        Raises:
+            ValueError: shapes that do not fit, offsets that are missing or not in order.
+            TypeError: indices that are not int32 or int64.
+            IndexError: an index outside the table; it is named.
+        """
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("offsets are for input of one dimension; each row of a matrix is a bag")
+            bags, length = input.shape
+            offsets = torch.arange(bags, device=input.device) * length
+            input = input.reshape(-1)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+            include_last_offset = False
+        elif input.dim() == 1:
+            if offsets is None:
+                raise ValueError("input has one dimension and no offsets; give where each bag begins")
+            include_last_offset = self.include_last_offset
+        else:
+            raise ValueError(f"input has {input.dim()} dimensions; use [B, L] or, with offsets, [N]")
+        table: nn.Module = self.table
+        if isinstance(table, QuantizedEmbedding):
+            weights = None if per_sample_weights is None else per_sample_weights.float()
+            return ops.embedding_bag_weight_only(
+                input,
+                offsets,
+                table.qweight,
+                table.scale,
+                table.zero_point,
+                bits=table.bits,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                group_size=table.group_size,
+                tiled=table.layout == "tiles",
+                mode=self.mode,
+                per_sample_weights=weights,
+                include_last_offset=include_last_offset,
+                padding_idx=self.padding_idx,
+                dtype=table.dtype,
+            )
+        assert isinstance(table, nn.Embedding | HalfEmbedding)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.to(table.weight.dtype)
+        y = F.embedding_bag(
+            input,
+            table.weight,
+            offsets.to(input.dtype),
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        return y.to(table.dtype) if isinstance(table, HalfEmbedding) else y
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}"
