@@ -1,11 +1,12 @@
-# Fails where the code of an object file matches a regular expression:
+# Fails where the code of an object file matches an extended regular expression:
 #   cmake -DOBJDUMP=... -DOBJECT=... -DFORBIDDEN=... -P check_instructions.cmake
-execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${OBJECT}" OUTPUT_VARIABLE code COMMAND_ERROR_IS_FATAL ANY)
-string(REGEX MATCH "[^\n]*(${FORBIDDEN})[^\n]*" found "${code}")
-string(LENGTH "${code}" length)
-if(length LESS 10000)
+# grep, because CMake's own expressions take a minute for code of this size.
+execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${OBJECT}" COMMAND grep -c "ret" OUTPUT_VARIABLE functions)
+if(NOT functions GREATER 10)
   message(FATAL_ERROR "${OBJECT} has next to no code: nothing was checked")
 endif()
+execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${OBJECT}" COMMAND grep -E -m 1 "${FORBIDDEN}"
+                OUTPUT_VARIABLE found)
 if(found)
   message(FATAL_ERROR "${OBJECT} must not use this instruction: ${found}")
 endif()
