@@ -37,6 +37,10 @@ def _rtn() -> tuple[hb.algorithms.Rounding, ...]:
     return (hb.algorithms.RTN(),)
 
 
+def _gptq() -> tuple[hb.algorithms.Rounding, ...]:
+    return (hb.GPTQ(),)
+
+
 def _mse() -> tuple[hb.algorithms.Rounding, ...]:
     return (hb.algorithms.MSE(),)
 
@@ -49,9 +53,12 @@ VARIANTS: dict[str, Variant] = {
     "int4 g32, min/max": Variant(lambda: hb.int4_weight_only(group_size=GROUP), _rtn),
     "int4 g32, MSE": Variant(lambda: hb.int4_weight_only(group_size=GROUP), _mse),
     "int4 g32, MSE + data": Variant(lambda: hb.int4_weight_only(group_size=GROUP), _mse, needs_data=True),
+    "int4 g32, GPTQ": Variant(lambda: hb.int4_weight_only(group_size=GROUP), _gptq, needs_data=True),
     "W4A8 g32, MSE": Variant(lambda: hb.int4_int8_dynamic(group_size=GROUP), _mse),
     "int3 g32, MSE": Variant(lambda: hb.int_weight_only(3, group_size=GROUP), _mse),
+    "int3 g32, GPTQ": Variant(lambda: hb.int_weight_only(3, group_size=GROUP), _gptq, needs_data=True),
     "int2 g32, MSE": Variant(lambda: hb.int_weight_only(2, group_size=GROUP), _mse),
+    "int2 g32, GPTQ": Variant(lambda: hb.int_weight_only(2, group_size=GROUP), _gptq, needs_data=True),
     "ternary g32": Variant(lambda: hb.ternary_weight_only(group_size=GROUP)),
     "binary g32": Variant(lambda: hb.int_weight_only(1, group_size=GROUP)),
 }

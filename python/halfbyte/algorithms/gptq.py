@@ -110,7 +110,8 @@ class GPTQ:
             order=order,
             scale=None if static is None else static[0],
             zero_point=None if static is None else static[1],
-            importance=importance,
+            # What an error of a column adds to the loss once later ones have made up for it.
+            importance=torch.empty_like(importance).scatter_(0, order, factor.diagonal().square()),
             grid=self.grid,
             max_shrink=self.max_shrink,
             scale_dtype=weight_format.scale_dtype,
