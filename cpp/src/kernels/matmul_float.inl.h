@@ -184,13 +184,15 @@ void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, 
   run_slabs(row_begin, row_end, kSlabRows, [&](int64_t row, int64_t rows) {
     FloatTile t = {w, x, group_sum, Scratch(scratch), row, TilePanels(panel_begin, panel_end, kTilePanels)};
     with_bits(w.shape.bits, [&](auto bits) {
-      if (rows <= direct_rows(bits)) {
-        [&]<int... R>(std::integer_sequence<int, R...>) {
-          using Direct = void (*)(FloatTile&, int64_t, int64_t, const float*, float*, int64_t);
-          static constexpr Direct kDirect[] = {float_direct_tiles<bits, R + 1>...};
-          kDirect[rows - 1](t, panel_begin, panel_end, bias, y, ldy);
-        }(std::make_integer_sequence<int, direct_rows(bits)>{});
-        return;
+      if constexpr (direct_rows(bits) > 0) {
+        if (rows <= direct_rows(bits)) {
+          [&]<int... R>(std::integer_sequence<int, R...>) {
+            using Direct = void (*)(FloatTile&, int64_t, int64_t, const float*, float*, int64_t);
+            static constexpr Direct kDirect[] = {float_direct_tiles<bits, R + 1>...};
+            kDirect[rows - 1](t, panel_begin, panel_end, bias, y, ldy);
+          }(std::make_integer_sequence<int, direct_rows(bits)>{});
+          return;
+        }
       }
       for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
         t.panels = TilePanels(panel, panel_end, kTilePanels);

@@ -232,7 +232,7 @@ void int8_tile(Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t l
   with_bits(shape.bits, [&](auto bits) {
     locate_codes(t.w, t.panels, kTilePanels, 0, t.codes);
     if (t.corrected) sum_columns<bits, kTilePanels>(t);
-    if constexpr (bits < 8) {
+    if constexpr (bits < 8 && direct_rows(bits) > 0) {
       if (rows <= direct_rows(bits)) {
         static constexpr Int8RowTiles<bits, bits, direct_rows(bits), kTilePanels> kDirect;
         return kDirect.of_rows[rows - 1](t, t.row_begin, Cursor(shape, kMaxChunk), shape.padded_in(), {});

@@ -1,5 +1,6 @@
 // The avx2 level's primitives: the dot product by 16-bit multiply-adds, none of which can saturate.
 #pragma once
+#include "halfbyte/packing.h"
 #include "simd_avx2_common.h"
 
 namespace halfbyte {
@@ -9,7 +10,7 @@ constexpr int kTileRows = 4;
 constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
-constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
+constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
 
 // Up to 7 bits, vpmaddubsw's sums of two products fit in 16 bits: |127 * -128 * 2| = 32512 < 2^15. With 8 bits they do
 // not, so even and odd bytes are widened to 16 bits apart and vpmaddwd adds pairs of exact 32-bit products.

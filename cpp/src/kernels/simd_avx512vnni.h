@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "halfbyte/packing.h"
 #include "halfbyte/types.h"
 
 #define HALFBYTE_INLINE inline __attribute__((always_inline))
@@ -20,7 +21,7 @@ constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
 constexpr int kDirectAccumulators = 16;
 constexpr int kSplitBelow = 8;
-constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
+constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
 
 HALFBYTE_INLINE F32x16 set_f32(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE F32x16 load_f32(const float* p) { return _mm512_loadu_ps(p); }

@@ -1,5 +1,6 @@
 // The avxvnni level's primitives: those of avx2, with the dot product in one instruction.
 #pragma once
+#include "halfbyte/packing.h"
 #include "simd_avx2_common.h"
 
 namespace halfbyte {
@@ -10,7 +11,7 @@ constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
-constexpr int direct_rows(int bits) { return bits == 4 ? 4 : 2; }
+constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
 
 template <int Bits>
 using DotRow = U8x64;
