@@ -182,6 +182,10 @@ def _check(
         raise ValueError("x has no dimensions; it needs [..., in_features]")
     in_features = x.shape[-1]
     group = max(in_features, 1) if group_size is None else group_size
+    if scale.dim() == 2 and in_features % group != 0 and in_features != scale.shape[0] * group:
+        raise ValueError(
+            f"x has {in_features} features in its last dimension; the weight takes in_features={scale.shape[0] * group}"
+        )
     check_group_size(group, in_features, "x")
     if qweight.dtype is not torch.uint8:
         raise TypeError(f"qweight has dtype {qweight.dtype}; hb.ops.pack(..., layout='tiles') gives torch.uint8")
