@@ -158,7 +158,11 @@ class ModelInParts:
         replacements: dict[int, nn.Module] = {}  # id of an original -> what takes its place
         first_names: dict[int, str] = {}
 
-        def visit(name: str, module: nn.Module, whole: str | None) -> None:
+        # A stack and not a function that calls itself: its own cell would keep the view, and with it every float weight,
+        # alive until the garbage collector comes by.
+        pending: list[tuple[str, nn.Module, str | None]] = [("", model, None)]
+        while pending:
+            name, module, whole = pending.pop()
             place = module
             if name and whole is None and (only is None or name in only or id(module) in replacements):
                 if id(module) not in replacements:
@@ -177,11 +181,13 @@ class ModelInParts:
                 view.aliases[name] = []
                 if whole is not None:
                     view.whole_of[name] = whole
-            for child_name, child in place._modules.items():
-                if child is not None:
-                    visit(f"{name}.{child_name}" if name else child_name, child, whole)
-
-        visit("", model, None)
+            pending += reversed(
+                [
+                    (f"{name}.{child_name}" if name else child_name, child, whole)
+                    for child_name, child in place._modules.items()
+                    if child is not None
+                ]
+            )
         return view
 
     def named(self) -> dict[str, nn.Module]:

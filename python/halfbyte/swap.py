@@ -35,15 +35,17 @@ def replace_module(model: nn.Module, names: Sequence[str], new: nn.Module) -> No
 def put_parts_in_place(model: nn.Module, names: Collection[str]) -> Callable[[], None]:
     """Replaces the modules `names` by their float parts; what it returns undoes that."""
     view = ModelInParts.of(model, names)
+    # Only these may stay alive until the undo goes: it must not keep the float weights of modules that are swapped meanwhile.
+    wholes = [((name, *view.aliases[name]), whole) for name, whole in view.wholes.items()]
     with interrupts_deferred():
-        for name in view.wholes:
-            replace_module(model, (name, *view.aliases[name]), view.modules[name])
+        for all_names, _ in wholes:
+            replace_module(model, all_names, view.modules[all_names[0]])
         enable_fast_paths = disable_fast_paths(model)
 
     def undo() -> None:
         with interrupts_deferred():
-            for name, whole in view.wholes.items():
-                replace_module(model, (name, *view.aliases[name]), whole)
+            for all_names, whole in wholes:
+                replace_module(model, all_names, whole)
             enable_fast_paths()
 
     return undo

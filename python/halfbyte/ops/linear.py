@@ -182,7 +182,7 @@ def _check(
         raise ValueError("x has no dimensions; it needs [..., in_features]")
     in_features = x.shape[-1]
     group = max(in_features, 1) if group_size is None else group_size
-    if scale.dim() == 2 and in_features % group != 0 and in_features != scale.shape[0] * group:
+    if scale.dim() == 2 and group > 0 and in_features % group != 0:
         raise ValueError(
             f"x has {in_features} features in its last dimension; the weight takes in_features={scale.shape[0] * group}"
         )
