@@ -39,4 +39,4 @@ def test_conversion_takes_at_most_two_layers_beside_the_model(scheme: str) -> No
     grown = json.loads(done.stdout)
     assert grown["peak"] <= 2 * layer
     left = {"int8": 1 / 4, "int4": 1 / 6, "bf16": 1 / 2}[scheme]
-    assert grown["after"] <= -12 * layer * (1 - left) + layer
+    assert grown["after"] <= -12 * layer * (1 - left) + 2 * layer  # two for what the allocator keeps

@@ -155,7 +155,11 @@ def test_compile_and_export_with_a_dynamic_batch() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"x": torch.randn(2, 63)}, ValueError, "x has 63 features in its last dimension; the weight takes in_features=64"),
+        (
+            {"x": torch.randn(2, 63)},
+            ValueError,
+            "x has 63 features in its last dimension; the weight takes in_features=64",
+        ),
         ({"x": torch.randn(2, 96)}, ValueError, "qweight has shape"),
         ({"x": torch.ones(2, 64, dtype=torch.int32)}, TypeError, "x has dtype torch.int32"),
         ({"x": torch.tensor(1.0)}, ValueError, "x has no dimensions"),
