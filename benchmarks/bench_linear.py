@@ -4,9 +4,8 @@
 
 All contenders of a shape take turns, so that they see the same machine; a row is the median of each. Cold (the default):
 calls rotate over at least 256 MB of copies of the weights, as a model larger than the caches does. Ratios are those of
-PyTorch float32 to ours. `read` is the part of the machine's read bandwidth that the weights stream at, `peak` the part of
-its integer peak that the products run at; the limits are measured here, by a sum over 1 GB and by PyTorch's float32
-product (VNNI multiplies four times as many INT8 values a cycle). Accuracy of every row is checked against float64 first.
+PyTorch float32 to ours. `read` is the part of the machine's read bandwidth that the weights stream at, measured here by a
+sum over 1 GB. Accuracy of every row is checked against float64 first.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ class Row:
     weight_gbs: float
     gops: float
     fraction_of_read: float
-    fraction_of_peak: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +68,10 @@ class Limits:
     """What this machine gives, measured in the same run."""
 
     read_gbs: float
-    fp32_gflops: float
-
-    @property
-    def int8_gops(self) -> float:
-        """Four INT8 products for each float32 one."""
-        return 4 * self.fp32_gflops
 
 
 def measure_limits() -> Limits:
-    """Read bandwidth by a sum over 1 GB, float32 rate by a square product; the best of some."""
+    """Read bandwidth by a sum over 1 GB; the best of some."""
 
     def best(call: Callable[[], object], repeats: int) -> float:
         times = []
@@ -89,9 +81,8 @@ def measure_limits() -> Limits:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    large, square = torch.zeros(1 << 28), torch.randn(2048, 2048)
-    read = large.numel() * 4 / best(large.sum, 7)
-    return Limits(read / 1e9, 2 * 2048**3 / best(lambda: square @ square, 15) / 1e9)
+    large = torch.zeros(1 << 28)
+    return Limits(large.numel() * 4 / best(large.sum, 7) / 1e9)
 
 
 def quantized(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +200,6 @@ def measure(shape: str, row_counts: list[int], cold: bool, budget: float, limits
                 weight_gbs=weight_gbs,
                 gops=gops,
                 fraction_of_read=weight_gbs / limits.read_gbs,
-                fraction_of_peak=gops / (limits.int8_gops if "int8" in side.name[3:] else limits.fp32_gflops),
             )
 
 
@@ -254,7 +244,7 @@ def main() -> None:
             print(
                 f"{row.ratio_to_fp32:6.2f}x  {row.shape:>10} M={row.rows:<5}{row.contender:<22} {row.median_ms:8.3f} ms "
                 f"(best {row.best_ms:.3f})  {row.weight_gbs:6.1f} GB/s = {row.fraction_of_read:4.0%} read  "
-                f"{row.gops:7.1f} GOPS = {row.fraction_of_peak:4.0%} peak"
+                f"{row.gops:7.1f} GOPS"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))

@@ -26,10 +26,32 @@ TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
 }
 
 
+def linear_table(document: dict[str, list[dict[str, object]]]) -> str:
+    """Milliseconds of each contender and its speed relative to PyTorch float32, by rows of the input."""
+    rows = document["rows"]
+    counts = sorted({int(str(row["rows"])) for row in rows})
+    contenders = list(dict.fromkeys(str(row["contender"]) for row in rows))
+    cells = {(row["contender"], row["rows"]): f"{row['median_ms']:.3f} ({row['ratio_to_fp32']:.1f}x)" for row in rows}
+    lines = ["| ms (vs float32) | " + " | ".join(f"{n} row{'s' * (n > 1)}" for n in counts) + " |"]
+    lines.append("|---|" + "---:|" * len(counts))
+    lines += [f"| {name} | " + " | ".join(cells[name, n] for n in counts) + " |" for name in contenders]
+    return "\n".join(lines)
+
+
 def replacement(match: re.Match[str]) -> str:
     """The marker, the table and its origin."""
     file, section, kind = match[2], match[3], match[4]
-    document = json.loads((REPOSITORY / "benchmarks" / "results" / file).read_text(encoding="utf-8"))[section]
+    content = json.loads((REPOSITORY / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
+    if file == "linear.json":
+        machine = content["machine"]
+        counts = ",".join(str(n) for n in sorted({row["rows"] for row in content["rows"]}))
+        origin = (
+            f"{machine['cpu']}, {machine['level']}, {machine['threads']} threads, PyTorch {machine['torch']}; read bandwidth "
+            f"{machine['limits']['read_gbs']:.0f} GB/s: `python benchmarks/bench_linear.py --threads {machine['threads']} "
+            f"--shapes {section} --rows {counts} --json benchmarks/results/linear.json`"
+        )
+        return f"{match[1]}\n{linear_table(content)}\n\n{origin}\n\n{match[5]}"
+    document = content[section]
     table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
     machine = document["environment"]
     origin = (
