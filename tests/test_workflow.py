@@ -435,7 +435,7 @@ def test_spilled_weights_come_back_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(16)))
     spilled, held = copy.deepcopy(model), copy.deepcopy(model)
-    hb.quantize_(spilled, hb.int4_weight_only(32), progress=False)  # default budget: half of one layer
+    hb.quantize_(spilled, hb.int4_weight_only(32), progress=False)  # default budget: a quarter of one layer
     hb.quantize_(held, hb.int4_weight_only(32), progress=False, max_memory="1GB")
     for name, tensor in held.state_dict().items():
         assert torch.equal(spilled.state_dict()[name], tensor)

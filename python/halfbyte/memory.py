@@ -53,7 +53,7 @@ def conversion_budget(made: Plan, max_memory: MemorySize | None, *, calibration:
     """
     largest = max(row.shape[0] * row.shape[1] * 4 for row in made.targets if row.shape is not None)
     if max_memory is None:
-        return largest // 2
+        return largest // 4
     needed = made.bytes_before + largest * 3 // 2 + calibration
     limit = parse_bytes(max_memory)
     if limit < needed:

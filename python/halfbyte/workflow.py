@@ -34,7 +34,7 @@ from halfbyte.staging import Staging
 from halfbyte.swap import in_parts, interrupts_deferred, put_parts_in_place, replace_module
 from halfbyte.targets import disable_fast_paths
 
-_CHUNK_ELEMENTS = 1 << 18  # weights rounded at a time: bounds the working set whatever the layer's size
+_CHUNK_ELEMENTS = 1 << 16  # weights rounded at a time: bounds the working set whatever the layer's size
 _PREPARATION = "_halfbyte_preparation"
 
 
