@@ -40,8 +40,8 @@ def parse_bytes(size: MemorySize) -> int:
 def conversion_budget(made: Plan, max_memory: MemorySize | None, *, calibration: int = 0) -> int:
     """Bytes of finished weights that may wait in memory while a model is converted; the rest waits in a file.
 
-    Beside the model, the layer at work takes at most one and a half times its float32 size: its codes twice while parts are
-    joined, and a bounded chunk of floats.
+    Beside the model, the layer at work is allowed one and a half times its float32 size; its codes, packed as they come, and
+    bounded pieces of floats take less.
 
     Args:
         made: The plan.

@@ -153,7 +153,10 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor)
 
 
 def _no_gradient(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-    raise NotImplementedError("quantized tables have no gradient, and neither have per_sample_weights with them")
+    raise NotImplementedError(
+        "quantized tables have no gradient, and neither have per_sample_weights with them; leave the bag in float where "
+        "gradients must pass, with hb.Recipe(..., overrides={nn.EmbeddingBag: None})"
+    )
 
 
 torch.library.register_fake("halfbyte::embedding_bag_weight_only", _embedding_bag_weight_only_fake)
