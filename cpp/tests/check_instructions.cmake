@@ -1,12 +1,12 @@
-# Fails where the code of an object file matches an extended regular expression:
-#   cmake -DOBJDUMP=... -DOBJECT=... -DFORBIDDEN=... -P check_instructions.cmake
+# Fails where the code of object files matches an extended regular expression:
+#   cmake -DOBJDUMP=... "-DOBJECTS=...;..." -DFORBIDDEN=... -P check_instructions.cmake
 # grep, because CMake's own expressions take a minute for code of this size.
-execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${OBJECT}" COMMAND grep -c "ret" OUTPUT_VARIABLE functions)
+execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn ${OBJECTS} COMMAND grep -c "ret" OUTPUT_VARIABLE functions)
 if(NOT functions GREATER 10)
-  message(FATAL_ERROR "${OBJECT} has next to no code: nothing was checked")
+  message(FATAL_ERROR "${OBJECTS} has next to no code: nothing was checked")
 endif()
-execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${OBJECT}" COMMAND grep -E -m 1 "${FORBIDDEN}"
+execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn ${OBJECTS} COMMAND grep -E -m 1 "${FORBIDDEN}"
                 OUTPUT_VARIABLE found)
 if(found)
-  message(FATAL_ERROR "${OBJECT} must not use this instruction: ${found}")
+  message(FATAL_ERROR "${OBJECTS} must not use this instruction: ${found}")
 endif()

@@ -269,7 +269,7 @@ int main() {
       }
       if (type != FloatType::kFloat32) check_conversions(active, type);
     }
-    check_search(active, kScalarTable.elementwise);
+    check_search(active, scalar::kernel_table.elementwise);
   }
   std::puts("elementwise: every supported level equals the reference");
 }

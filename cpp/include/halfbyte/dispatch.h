@@ -16,19 +16,27 @@ namespace halfbyte {
 
 struct KernelTable {
   const char* name;
-  ElementwiseKernels elementwise;
-  MatmulKernels matmul;
-  TrainingKernels training;
-  HistogramKernels histogram;
-  GptqKernels gptq;
-  RecurrentKernels recurrent;
-  EmbeddingBagKernels embedding_bag;
+  const ElementwiseKernels& elementwise;
+  const MatmulKernels& matmul;
+  const TrainingKernels& training;
+  const HistogramKernels& histogram;
+  const GptqKernels& gptq;
+  const RecurrentKernels& recurrent;
+  const EmbeddingBagKernels& embedding_bag;
 };
 
-extern const KernelTable kScalarTable;
-extern const KernelTable kAvx2Table;
-extern const KernelTable kAvxVnniTable;
-extern const KernelTable kAvx512VnniTable;
+namespace scalar {
+extern const KernelTable kernel_table;
+}
+namespace avx2 {
+extern const KernelTable kernel_table;
+}
+namespace avxvnni {
+extern const KernelTable kernel_table;
+}
+namespace avx512vnni {
+extern const KernelTable kernel_table;
+}
 
 std::vector<std::string> compiled_levels();   // slowest first
 std::vector<std::string> supported_levels();  // of those, what this CPU and OS can run

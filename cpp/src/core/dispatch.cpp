@@ -14,16 +14,16 @@ struct Level {
 
 // Slowest first. Each test names every extension its object library was compiled with.
 const Level kLevels[] = {
-    {&kScalarTable, [] { return true; }},
+    {&scalar::kernel_table, [] { return true; }},
 #if defined(__x86_64__)
-    {&kAvx2Table,
+    {&avx2::kernel_table,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {&kAvxVnniTable,
+    {&avxvnni::kernel_table,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
               __builtin_cpu_supports("avxvnni");
      }},
-    {&kAvx512VnniTable,
+    {&avx512vnni::kernel_table,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -50,7 +50,7 @@ const KernelTable* find(const std::string& name) {
 const KernelTable* initial() {
   const char* forced = std::getenv("HALFBYTE_CPU_CAPABILITY");
   if (forced != nullptr && *forced != '\0') return find(forced);
-  const KernelTable* best = &kScalarTable;
+  const KernelTable* best = &scalar::kernel_table;
   for (const Level& level : kLevels) {
     if (level.supported()) best = level.table;
   }

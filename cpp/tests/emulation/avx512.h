@@ -1,4 +1,4 @@
-// Lets level_avx512vnni.cpp compile for AVX2, its AVX-512 intrinsics done by SIMDe: the compiler includes this file
+// Lets the avx512vnni level compile for AVX2, its AVX-512 intrinsics done by SIMDe: the compiler includes this file
 // before it. A check of arithmetic on any CPU; detection and speed it does not see.
 //
 // __m512* become SIMDe's vectors of the same size, and the level's feature macros are defined by hand *after* SIMDe has

@@ -1,4 +1,4 @@
-// Lets level_avxvnni.cpp compile for AVX2, its dot product done by SIMDe: the compiler includes this file before it.
+// Lets the avxvnni level compile for AVX2, its dot product done by SIMDe: the compiler includes this file before it.
 #pragma once
 #include <immintrin.h>
 #include <simde/x86/avx512/dpbusd.h>

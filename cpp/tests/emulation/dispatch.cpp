@@ -6,8 +6,8 @@
 namespace halfbyte {
 namespace {
 
-const KernelTable* const kTables[] = {&kScalarTable, &kAvxVnniTable, &kAvx512VnniTable};
-const KernelTable* active = &kScalarTable;
+const KernelTable* const kTables[] = {&scalar::kernel_table, &avxvnni::kernel_table, &avx512vnni::kernel_table};
+const KernelTable* active = &scalar::kernel_table;
 
 }  // namespace
 
