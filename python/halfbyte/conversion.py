@@ -1,0 +1,188 @@
+"""Rounding every layer of a prepared model beside it, then swapping all modules at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.calibration import Forward
+from halfbyte.fallback import Fallback, announce
+from halfbyte.formats import FloatFormat, IntFormat
+from halfbyte.hessian import InputHessian
+from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn.packed_weight import PANEL, WeightPacker
+from halfbyte.plan import Plan, PlanRow
+from halfbyte.preparation import Preparation
+from halfbyte.progress import track
+from halfbyte.report import ModuleReport, Report
+from halfbyte.sequential import round_in_order
+from halfbyte.staging import Staging
+from halfbyte.swap import interrupts_deferred, replace_module
+from halfbyte.targets import disable_fast_paths
+
+_CHUNK_ELEMENTS = 1 << 16  # weights rounded at a time: bounds the working set whatever the layer's size
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """What is known of a module's weight once its integers exist."""
+
+    relative_error: float
+    seconds: float
+    rounding: str
+    fallbacks: tuple[Fallback, ...] = ()
+
+
+def convert(
+    model: nn.Module,
+    preparation: Preparation,
+    progress: bool,
+    start: float,
+    *,
+    batches: Sequence[object] = (),
+    forward: Forward | None = None,
+) -> Report:
+    """Rounds all weights and swaps all modules; with `batches`, layers that need Hessians are calibrated in order first."""
+    made = preparation.plan
+    with Staging(preparation.staging_budget) as staging:
+        results: dict[str, _Rounded] = {}
+        with torch.no_grad():
+            if batches:
+                results = _round_in_order(model, preparation, staging, batches, forward, progress)
+            rows = [row for row in made.targets if row.tied_to is None and row.name not in results]
+            for row in track(rows, "quantizing", enabled=progress):
+                results[row.name] = _round_weight(model, row, preparation, staging)
+        announce((f for result in results.values() for f in result.fallbacks), preparation.on_fallback)
+        _commit(model, made, staging)
+    modules = tuple(_module_report(row, results) for row in made.rows)
+    return Report(
+        modules=modules,
+        bytes_before=made.bytes_before,
+        bytes_after=made.bytes_after,
+        seconds=time.perf_counter() - start,
+        calibration_batches=preparation.batches,
+    )
+
+
+def _module_report(row: PlanRow, results: dict[str, _Rounded]) -> ModuleReport:
+    if row.scheme is None:
+        return ModuleReport(plan=row, fallbacks=row.fallbacks)
+    result = results[row.tied_to or row.name]
+    return ModuleReport(
+        plan=row,
+        rounding=result.rounding,
+        relative_error=result.relative_error,
+        seconds=0.0 if row.tied_to else result.seconds,
+        fallbacks=row.fallbacks + (() if row.tied_to else result.fallbacks),
+    )
+
+
+def _round_weight(model: nn.Module, row: PlanRow, preparation: Preparation, staging: Staging) -> _Rounded:
+    """Chooses the integers of one weight, some rows at a time, and stages them."""
+    start = time.perf_counter()
+    weight = model.get_submodule(row.name).weight
+    assert row.scheme is not None and isinstance(weight, Tensor)
+    weight_format = row.scheme.weight
+    error = norm = 0.0
+    statistics = preparation.statistics.get(row.name)
+    if isinstance(statistics, InputHessian):
+        return _round_layer(row, weight, statistics, preparation, staging)[0]
+    if isinstance(weight_format, FloatFormat):  # cast when it is swapped in: it costs no search
+        for rows in _row_chunks(weight):
+            error += (rows.float() - rows.to(weight_format.dtype).float()).square().sum(dtype=torch.float64).item()
+            norm += rows.float().square().sum(dtype=torch.float64).item()
+    else:
+        rounding, importance = preparation.rounding_of(row), preparation.importance_of(row)
+        group_size = weight_format.group_size(weight.shape[1])
+        packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
+        for rows in _row_chunks(weight):
+            part = rounding.round(rows, weight_format, importance)
+            packer.add(part)
+            error += (part.dequantize(group_size) - rows).square_().sum(dtype=torch.float64).item()
+            norm += rows.float().square().sum(dtype=torch.float64).item()
+        staging.put(row.name, packer.packed())
+    relative_error = (error / norm) ** 0.5 if norm > 0 else 0.0
+    name = "cast" if isinstance(weight_format, FloatFormat) else type(rounding).__name__
+    return _Rounded(relative_error, time.perf_counter() - start, name)
+
+
+def _round_layer(
+    row: PlanRow, weight: Tensor, inputs: InputHessian, preparation: Preparation, staging: Staging
+) -> tuple[_Rounded, Tensor]:
+    """Chooses the integers of one weight from the Hessian of its inputs and stages them; also gives the new weight."""
+    start = time.perf_counter()
+    rounding = preparation.hessian_rounding
+    assert rounding is not None and row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    weight_format = row.scheme.weight
+    layer = rounding.round_layer(row.name, weight.detach(), weight_format, inputs)
+    rounded = layer.codes.dequantize(weight_format.group_size(weight.shape[1]))
+    packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
+    packer.add(layer.codes)
+    staging.put(row.name, packer.packed())
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    error = torch.linalg.vector_norm(rounded - weight.detach(), dtype=torch.float64).item()
+    seconds = time.perf_counter() - start
+    return _Rounded(error / norm if norm > 0 else 0.0, seconds, type(rounding).__name__, layer.fallbacks), rounded
+
+
+def _round_in_order(
+    model: nn.Module,
+    preparation: Preparation,
+    staging: Staging,
+    batches: Sequence[object],
+    forward: Forward | None,
+    progress: bool,
+) -> dict[str, _Rounded]:
+    rows = {row.name: row for row in preparation.plan.targets}
+    results: dict[str, _Rounded] = {}
+
+    def round_layer(name: str, layer: nn.Linear, inputs: InputHessian) -> Tensor:
+        results[name], rounded = _round_layer(rows[name], layer.weight, inputs, preparation, staging)
+        return rounded
+
+    names = [name for name, statistics in preparation.statistics.items() if isinstance(statistics, InputHessian)]
+    round_in_order(model, names, batches, round_layer, forward=forward, progress=progress)
+    preparation.batches += len(batches)
+    return results
+
+
+def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
+    rows = max(PANEL, _CHUNK_ELEMENTS // weight.shape[1] // PANEL * PANEL)
+    return iter(torch.split(weight.detach(), rows))
+
+
+def _commit(model: nn.Module, made: Plan, staging: Staging) -> None:
+    """Swaps all modules. An interrupt waits until the last one is in: half a conversion would be no model at all."""
+    swapped: dict[str, nn.Module] = {}
+    with interrupts_deferred():
+        for row in sorted(made.targets, key=lambda r: r.tied_to is not None):  # owners of a shared weight first
+            new = _converted(model.get_submodule(row.name), row, swapped, staging)
+            replace_module(model, (row.name, *row.aliases), new)
+            swapped[row.name] = new
+        disable_fast_paths(model)
+
+
+def _converted(old: nn.Module, row: PlanRow, swapped: dict[str, nn.Module], staging: Staging) -> nn.Module:
+    scheme, home = row.scheme, None if row.tied_to is None else swapped[row.tied_to]
+    assert scheme is not None and isinstance(old, nn.Linear | nn.Embedding)
+    new: nn.Module
+    if isinstance(scheme.weight, FloatFormat):
+        if isinstance(home, HalfLinear | HalfEmbedding):
+            weight = home.weight
+        else:
+            weight = nn.Parameter(old.weight.detach().to(scheme.weight.dtype), requires_grad=old.weight.requires_grad)
+        if isinstance(old, nn.Linear):
+            new = HalfLinear(scheme, weight, old.bias)
+        else:
+            new = HalfEmbedding(scheme, weight, old.weight.dtype, old.padding_idx)
+    else:
+        packed = home.packed_weight if isinstance(home, QuantizedLinear | QuantizedEmbedding) else staging.get(row.name)
+        if isinstance(old, nn.Linear):
+            new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype)
+        else:
+            new = QuantizedEmbedding(scheme, packed, old.weight.dtype, old.padding_idx)
+    return new

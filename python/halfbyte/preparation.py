@@ -1,0 +1,194 @@
+"""What is known before a conversion starts: a checked plan, its algorithms, and the statistics of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import ops
+from halfbyte.algorithms import HessianRounding, Rounding, default_rounding
+from halfbyte.calibration import InputStatistics
+from halfbyte.errors import QuantizationError
+from halfbyte.fallback import Fallback, OnFallback, announce
+from halfbyte.formats import FloatFormat, IntFormat
+from halfbyte.hessian import InputHessian, hessian_bytes
+from halfbyte.memory import MemorySize, conversion_budget
+from halfbyte.nn.packed_weight import packed_bytes
+from halfbyte.parts import ModelInParts
+from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.recipe import Recipe
+from halfbyte.schemes import Scheme
+from halfbyte.sequential import section_bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class Preparation:
+    """A checked plan with its algorithms, and the statistics gathered so far."""
+
+    plan: Plan
+    algorithms: tuple[Rounding, ...]
+    on_fallback: OnFallback
+    staging_budget: int
+    statistics: dict[str, InputStatistics]
+    batches: int = 0
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        recipe: Scheme | Recipe | Plan,
+        algorithms: Sequence[Rounding],
+        max_memory: MemorySize | None,
+        on_fallback: OnFallback,
+        *,
+        in_order: bool = False,
+    ) -> Preparation:
+        """Resolves and checks everything that can be checked before work.
+
+        With `in_order`, Hessians exist one layer at a time; otherwise those of all layers do until the model is converted.
+        """
+        announce((), on_fallback)
+        chosen = _check_algorithms(algorithms)
+        made = plan(model, recipe)
+        modules = ModelInParts.of(model, made.taken_apart).modules
+        inputs = [row for row in made.targets if _has_inputs(modules[row.name], made, row)]
+        hessian = bool(chosen) and isinstance(chosen[-1], HessianRounding)
+        calibration = _calibration_bytes(model, inputs, in_order=in_order) if hessian else 0
+        staging_budget = conversion_budget(made, max_memory, calibration=calibration)
+        made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
+        announce(made.fallbacks, on_fallback)
+        with_hessian = {row.name for row in inputs} if hessian else set()
+        statistics = {
+            row.name: InputHessian(row.name) if row.name in with_hessian else InputStatistics(row.name)
+            for row in made.targets
+            if _observed(modules[row.name], row)
+        }
+        return Preparation(
+            plan=made,
+            algorithms=chosen,
+            on_fallback=on_fallback,
+            staging_budget=staging_budget,
+            statistics=statistics,
+        )
+
+    def observe(self, model: nn.Module) -> None:
+        """Hooks the statistics to their modules."""
+        for name, statistics in self.statistics.items():
+            model.get_submodule(name).register_forward_pre_hook(statistics)
+
+    def stop_observing(self, model: nn.Module) -> None:
+        """Takes the hooks away, those that a copy of the model brought along included."""
+        ours = {id(statistics) for statistics in self.statistics.values()}
+        for module in model.modules():
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if id(hook) in ours]:
+                del hooks[key]
+
+    def observing(self, model: nn.Module) -> _Observing:
+        """Observes inside a `with` block."""
+        return _Observing(self, model)
+
+    def rounding_of(self, row: PlanRow) -> Rounding:
+        """The algorithm that chooses the integers of a module."""
+        assert row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+        return self.algorithms[-1] if self.algorithms else default_rounding(row.scheme.weight)
+
+    @property
+    def hessian_rounding(self) -> HessianRounding | None:
+        """The algorithm, if it needs Hessians."""
+        last = self.algorithms[-1] if self.algorithms else None
+        return last if isinstance(last, HessianRounding) else None
+
+    def importance_of(self, row: PlanRow) -> Tensor | None:
+        """Mean square of each input of a module, or None if nothing was run."""
+        if row.name not in self.statistics or not any(s.tokens for s in self.statistics.values()):
+            return None
+        return self.statistics[row.name].mean_square
+
+
+@dataclass(slots=True)
+class _Observing:
+    preparation: Preparation
+    model: nn.Module
+
+    def __enter__(self) -> None:
+        self.preparation.observe(self.model)
+
+    def __exit__(self, *_: object) -> None:
+        self.preparation.stop_observing(self.model)
+
+
+def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
+    if isinstance(algorithms, Rounding) or not isinstance(algorithms, Sequence):
+        raise TypeError(f"algorithms={algorithms!r} is not a list; use algorithms=[hb.algorithms.MSE()]")
+    for algorithm in algorithms:
+        if isinstance(algorithm, type) or not isinstance(algorithm, Rounding):
+            raise TypeError(f"{algorithm!r} is not an algorithm; use an instance such as hb.algorithms.MSE()")
+    if len(algorithms) > 1:
+        names = ", ".join(type(a).__name__ for a in algorithms)
+        raise ValueError(f"algorithms=[{names}]: only one can choose the integers of a weight; name one")
+    return tuple(algorithms)
+
+
+def _observed(module: nn.Module, row: PlanRow) -> bool:
+    integer = row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    return integer and isinstance(module, nn.Linear)
+
+
+def _has_inputs(module: nn.Module, made: Plan, row: PlanRow) -> bool:
+    """Whether all that is read of a module's weight are products with inputs: not a table, nor tied to one."""
+    return _observed(module, row) and row.tied_to is None and all(row.name != other.tied_to for other in made.targets)
+
+
+def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool) -> int:
+    """What Hessians take: one at a time and a copy of a block where layers are calibrated in order, else all of them."""
+    in_features = [row.shape[1] for row in inputs if row.shape is not None]
+    if not in_features:
+        return 0
+    kept = section_bytes(model, [row.name for row in inputs]) if in_order else sum(4 * size**2 for size in in_features)
+    return hessian_bytes(max(in_features)) + kept
+
+
+def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
+    """Checks that a weight is on the CPU and finite, and that its scales fit their dtype; one pass over memory."""
+    if row.scheme is None:
+        return row
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.device.type != "cpu":
+        hint = "load the weights first" if weight.is_meta else "move the model to the CPU: model.cpu()"
+        raise QuantizationError(f"{row.name}: weight is on device {weight.device}; {hint}")
+    weight_format = row.scheme.weight
+    group_size = weight_format.group_size(weight.shape[1]) if isinstance(weight_format, IntFormat) else weight.shape[1]
+    low, high = ops.observe_minmax(weight.detach(), group_size=group_size)
+    for name, bad in (("NaN", torch.isnan(low).any()), ("inf", torch.isinf(low).any() or torch.isinf(high).any())):
+        if bad:
+            raise QuantizationError(
+                f"{row.name}: weight has {name}; repair the checkpoint, or leave the module in float"
+            )
+    if isinstance(weight_format, FloatFormat):
+        limit = torch.finfo(weight_format.dtype).max
+        if max(high.max().item(), -low.min().item()) > limit:
+            raise QuantizationError(
+                f"{row.name}: weight has values past {limit:g}, the largest {weight_format}; use hb.bf16()"
+            )
+        return row
+    if weight_format.scale_dtype != torch.float16:
+        return row
+    # The largest scale of each row, as min/max gives it: where even that is subnormal in float16, rounding would lose the row.
+    span = torch.maximum(high, -low) if weight_format.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    largest = span.amax(dim=1) / max(weight_format.qmax, 1)
+    limits = torch.finfo(torch.float16)
+    if largest.max().item() <= limits.max and not bool(((largest > 0) & (largest < limits.tiny)).any()):
+        return row
+    message = (
+        f"scales between {largest.min().item():.1e} and {largest.max().item():.1e} do not fit float16: float32 is used"
+    )
+    scheme = replace(row.scheme, weight=replace(weight_format, scale_dtype=torch.float32))
+    assert row.shape is not None
+    added = packed_bytes(scheme.weight, row.layout, row.shape) - packed_bytes(weight_format, row.layout, row.shape)  # type: ignore[arg-type]
+    fallback = Fallback(row.name, "scale_dtype", message)
+    after = row.bytes_after if row.tied_to else row.bytes_after + added
+    return replace(row, scheme=scheme, bytes_after=after, fallbacks=(*row.fallbacks, fallback))
