@@ -6,7 +6,7 @@
 `hb.plan` says what would happen, `hb.save` and `hb.load_` keep the result, `hb.verify` proves that its integers are right.
 """
 
-from halfbyte import algorithms, functional, nn, ops
+from halfbyte import algorithms, functional, nn, ops, search
 from halfbyte._extension import (
     __version__,
     available_capabilities,
@@ -35,6 +35,7 @@ from halfbyte.schemes import (
     int_weight_only,
     ternary_weight_only,
 )
+from halfbyte.search import Allocation, SensitivityTable, measure_sensitivity
 from halfbyte.verify import VerifyReport, verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
@@ -42,6 +43,7 @@ __all__ = [
     "GPTQ",
     "MSE",
     "RTN",
+    "Allocation",
     "CompareReport",
     "Doctor",
     "Fallback",
@@ -64,6 +66,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Scheme",
+    "SensitivityTable",
     "VerificationError",
     "VerifyReport",
     "__version__",
@@ -84,6 +87,7 @@ __all__ = [
     "int_weight_only",
     "kernel_info",
     "load_",
+    "measure_sensitivity",
     "nn",
     "ops",
     "plan",
@@ -91,6 +95,7 @@ __all__ = [
     "quantize_",
     "register_module",
     "save",
+    "search",
     "ternary_weight_only",
     "verify",
 ]

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Data, Forward, check_data, evaluating, run_batch
 from halfbyte.errors import QuantizationError
-from halfbyte.outputs import output_tensors
+from halfbyte.outputs import Kind, attention_mask_of, is_logits, output_tensors
 from halfbyte.schemes import Scheme
 from halfbyte.table import Table, fold_by_name
 from halfbyte.targets import is_converted, is_target
 
-Kind = Literal["logits", "regression"]
-
 _CHUNK = 1 << 20  # elements compared at a time
 _Z95 = 1.959963984540054  # two-sided 95 % of a normal distribution
-_STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "past_key_values", "encoder_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +201,7 @@ def compare(
                 expected = output_tensors(run(float_model, batch))
                 torch.set_rng_state(state)
                 found = output_tensors(run(model, batch))
-                _add(outputs, expected, found, _mask_of(batch), kind)
+                _add(outputs, expected, found, attention_mask_of(batch), kind)
                 batches += 1
     finally:
         for handle in handles:
@@ -247,11 +243,6 @@ def _pairs(float_model: nn.Module, model: nn.Module) -> dict[str, tuple[nn.Modul
     return pairs
 
 
-def _mask_of(batch: object) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
 def _add(
     outputs: dict[str, _OutputSums],
     expected: dict[str, Tensor],
@@ -269,18 +260,10 @@ def _add(
         )
     for name in floats:
         reference, quantized = expected[name], found[name]
-        logits = _is_logits(name, reference, floats, kind)
+        logits = is_logits(name, reference, floats, kind)
         if mask is not None and reference.dim() >= 2 and reference.shape[:2] == mask.shape:
             reference, quantized = reference[mask], quantized[mask]
         outputs.setdefault(name, _OutputSums()).add(reference, quantized, logits)
-
-
-def _is_logits(name: str, tensor: Tensor, names: list[str], kind: Kind | None) -> bool:
-    if kind == "regression" or tensor.dim() == 0 or tensor.shape[-1] < 2:
-        return False
-    if "logits" in names:
-        return name == "logits"
-    return kind == "logits" or not name.startswith(_STATES)
 
 
 class _OutputSums:

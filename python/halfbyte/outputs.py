@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Kind = Literal["logits", "regression"]
+
+_STATES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "past_key_values", "encoder_")
 
 
 def output_tensors(output: object, name: str = "output") -> dict[str, Tensor]:
@@ -47,3 +52,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return (
         torch.equal(nan, b.isnan()) and same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0)) if nan.any() else False
     )
+
+
+def is_logits(name: str, tensor: Tensor, names: list[str], kind: Kind | None) -> bool:
+    """Whether one of a model's outputs `names` is to be read as logits: by the user's word `kind`, or by its name and shape."""
+    if kind == "regression" or tensor.dim() == 0 or tensor.shape[-1] < 2:
+        return False
+    if "logits" in names:
+        return name == "logits"
+    return kind == "logits" or not name.startswith(_STATES)
+
+
+def attention_mask_of(batch: object) -> Tensor | None:
+    """`[batch, positions]` bool, True where a position counts; None if the batch has no such mask."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
