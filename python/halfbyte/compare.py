@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halfbyte.calibration import Data, Forward, check_data, evaluating, run_batch
 from halfbyte.errors import QuantizationError
 from halfbyte.outputs import Kind, attention_mask_of, is_logits, output_tensors
+from halfbyte.parts import is_in_parts
 from halfbyte.schemes import Scheme
 from halfbyte.table import Table, fold_by_name
 from halfbyte.targets import is_converted, is_target
@@ -95,7 +96,8 @@ class CompareReport:
 
     Attributes:
         outputs: One entry for each tensor that the models return.
-        modules: One entry for each quantized module, in the order of the model.
+        modules: One entry for each quantized module, in the order of the model; the parts of recurrent and attention layers
+            have none, since their float counterparts are no modules.
         batches: Batches of data that were run.
         seconds: Wall time.
     """
@@ -229,16 +231,18 @@ def _pairs(float_model: nn.Module, model: nn.Module) -> dict[str, tuple[nn.Modul
                 "copy.deepcopy(model) before"
             )
     pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if not is_converted(module):
-            continue
+    wholes = tuple(f"{name}." for name, module in model.named_modules() if is_in_parts(module))
+    converted = {name: module for name, module in model.named_modules() if is_converted(module)}
+    for name, module in converted.items():
         original = originals.get(name)
+        if original is None and name.startswith(wholes):
+            continue  # a part of an LSTM, say: its float counterpart is no module of its own
         if original is None or not is_target(original):
             raise QuantizationError(
                 f"float_model has no Linear or Embedding named {name}; pass the model that was quantized"
             )
         pairs[name] = (original, module)
-    if not pairs:
+    if not converted:
         raise QuantizationError("model has no quantized modules; the order is compare(float_model, model, data)")
     return pairs
 

@@ -296,6 +296,7 @@ class SensitivityTable:
             nearest = solve(problem, name, others) if others else solve(problem, name, {})
             if nearest is not None:
                 reached = total(problem, nearest, name) + limit - inner[name]
+                reached *= 1.0 if name == "bytes" else 1.001  # for the digits that are not shown
                 advice.append(f"max_{name}={self._show(name, reached)} would do")
         asked = " and ".join(f"max_{name}={self._show(name, limit)}" for name, limit in limits.items())
         return f"no allocation keeps to {asked}; {', or '.join(advice) or 'not even one of them can be kept'}"
@@ -303,7 +304,7 @@ class SensitivityTable:
     def _show(self, name: str, value: float) -> str:
         if name == "bytes":
             return f"{math.ceil(value)}"
-        return f"{value * 1.001:.4g}" if name == "latency" else f"{self._curve()(value):.4g}"
+        return f"{value:.4g}" if name == "latency" else f"{self._curve()(value):.4g}"
 
     def _allocation(
         self, choices: Choices, limits: Mapping[str, float], measured: float | None, held_out: float | None
