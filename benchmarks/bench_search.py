@@ -54,11 +54,11 @@ def random_choices(table: hb.SensitivityTable, generator: random.Random) -> dict
     return {unit.name: keys[min(len(keys) - 1, max(0, round(generator.gauss(centre, 1.0))))] for unit in table.units}
 
 
-def run(model_name: str, root: Path, *, check: bool, latency: bool) -> dict[str, object]:
+def run(model_name: str, root: Path, *, check: bool, latency: bool, cache: Path | None) -> dict[str, object]:
     case = searched.load(root, model_name)
     start = time.perf_counter()
     table = hb.measure_sensitivity(
-        case.model, case.measuring, case.schemes, calibration=case.calibration, forward=case.forward, progress=True
+        case.model, case.measuring, case.schemes, calibration=case.calibration, forward=case.forward, cache=cache
     )
     seconds = time.perf_counter() - start
     session = table.session
@@ -82,7 +82,6 @@ def run(model_name: str, root: Path, *, check: bool, latency: bool) -> dict[str,
         method="trace",
         calibration=case.calibration,
         forward=case.forward,
-        progress=True,
     )
     rows: list[dict[str, object]] = []
     keys = sorted(table.schemes, key=lambda key: uniform[key]["bytes"])  # type: ignore[arg-type, return-value]
@@ -163,10 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="predicted against measured loss of random allocations")
     parser.add_argument("--latency", action="store_true", help="predicted against measured latency; on a quiet machine")
+    parser.add_argument("--cache", type=Path, help="keeps measurements; an interrupted run goes on there")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    result = run(options.model, options.data or shared_data(), check=options.check, latency=options.latency)
+    result = run(
+        options.model, options.data or shared_data(), check=options.check, latency=options.latency, cache=options.cache
+    )
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

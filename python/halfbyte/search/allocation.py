@@ -11,7 +11,7 @@ from halfbyte.search.units import Unit
 from halfbyte.table import Table, format_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Allocation(Recipe):
     """A scheme for every module: a `Recipe` for `quantize_`, `prepare_` and `plan`. Prints as a table.
 
@@ -101,6 +101,8 @@ class Allocation(Recipe):
             for name, part in self.slack().items()
         )
         return self._table().to_text() + slack
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self._table().to_html()

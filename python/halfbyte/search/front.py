@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Front:
     """Allocations in ascending order of cost, none beaten by another in both. Prints as a table; `plot` draws it.
 
@@ -117,6 +117,8 @@ class Front:
 
     def __str__(self) -> str:
         return self._table().to_text()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self._table().to_html()

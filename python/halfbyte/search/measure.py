@@ -59,8 +59,8 @@ def measure_sensitivity(
             `loss(model, batch)` that returns a number, smaller for better.
         method: "measure", or a proxy that needs one pass: "fisher", "trace" (HAWQ-V2), "output_error". A proxy orders
             modules; what it predicts is scaled to the measured loss of the uniform configurations.
-        around: Measure with the rest of the model in "float", "quantized" with the middle scheme, or "both" and average:
-            errors add up differently at the two.
+        around: Where the rest of the model is while one module is switched: in "float"; "quantized" with the middle scheme,
+            whose errors change what another one costs; or the mean of "both".
         groups: Modules that must get one scheme: `[("*.q_proj", "*.k_proj", "*.v_proj")]` ties those below one parent.
         algorithms: How integers are chosen, as in `quantize_`: roundings, no transforms. Default: `MSE()` at every width.
         calibration: Batches for those algorithms and for static ranges; default: `data`.
@@ -175,29 +175,41 @@ def _tracked(uniform: dict[str, dict[str, str]], progress: bool) -> Iterator[tup
 def _measured(
     session: Session, uniform: dict[str, dict[str, str]], around: Around, progress: bool
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Loss that each candidate adds to the float model, to the quantized one, or the mean of both; and its margin."""
+    """Loss that each candidate adds, and its margin.
+
+    Around the float model a(u, s) is measured for every unit u and scheme s; divergences from float are small and precise
+    there. Around the model quantized with the middle scheme m, only b(u, m) is: what quantizing u adds to it. The ratio
+    r(u) = b(u, m) / a(u, m) says how much more, or less, the unit weighs among errors of the others, and scales a(u, s).
+    Where b is lost in noise, the ratio of all units together stands in.
+    """
     bench = session.bench
-    starts: list[dict[str, str]] = []
-    if around in ("float", "both"):
-        starts.append({})
-    if around in ("quantized", "both"):
-        order = sorted(uniform, key=lambda key: bench.bytes_of(uniform[key]))
-        starts.append(uniform[order[len(order) // 2]])
-    jobs = [(start, unit, key) for start in starts for unit in bench.units for key in bench.candidates[unit.name]]
-    scores = {unit.name: dict.fromkeys(bench.candidates[unit.name], 0.0) for unit in bench.units}
-    margins = {unit.name: dict.fromkeys(bench.candidates[unit.name], 0.0) for unit in bench.units}
-    found: dict[tuple[int, str, str], Measurement] = {}
+    order = sorted(uniform, key=lambda key: bench.bytes_of(uniform[key]))
+    middle = uniform[order[len(order) // 2]]
+    jobs: list[tuple[dict[str, str], Unit, str]] = [
+        ({}, unit, key) for unit in bench.units for key in bench.candidates[unit.name] if key != FLOAT
+    ]
+    if around != "float":
+        jobs += [(middle, unit, FLOAT) for unit in bench.units if unit.name in middle]
+    found: dict[tuple[bool, str, str], Measurement] = {}
     for start, unit, key in track(jobs, "measuring", total=len(jobs), enabled=progress):
-        choices = _with(start, unit, key)
-        found[id(start), unit.name, key] = session.measure(choices, start)
-    for start in starts:
-        for unit in bench.units:
-            floor = found[id(start), unit.name, FLOAT].loss
-            for key in bench.candidates[unit.name]:
-                measurement = found[id(start), unit.name, key]
-                added = 0.0 if key == FLOAT else measurement.loss - floor
-                scores[unit.name][key] += added / len(starts)
-                margins[unit.name][key] += 0.0 if key == FLOAT else measurement.margin / len(starts)
+        found[not start, unit.name, key] = session.measure(_with(start, unit, key), start)
+    factors = dict.fromkeys((unit.name for unit in bench.units), 1.0)
+    if around != "float":
+        whole = session.measure(middle).loss
+        alone = {name: found[True, name, key].loss for name, key in middle.items()}
+        among = {name: whole - found[False, name, FLOAT].loss for name in middle}
+        noise = {name: found[False, name, FLOAT].margin for name in middle}
+        overall = max(sum(among.values()), 0.0) / max(sum(alone.values()), 1e-30)
+        for name in middle:
+            ratio = (among[name] + noise[name] * overall) / max(alone[name] + noise[name], 1e-30)
+            ratio = min(max(ratio, overall / 4), overall * 4)
+            factors[name] = ratio if around == "quantized" else (1 + ratio) / 2
+    scores: dict[str, dict[str, float]] = {}
+    margins: dict[str, dict[str, float]] = {}
+    for unit in bench.units:
+        row = {key: found[True, unit.name, key] for key in bench.candidates[unit.name] if key != FLOAT}
+        scores[unit.name] = {FLOAT: 0.0, **{key: factors[unit.name] * m.loss for key, m in row.items()}}
+        margins[unit.name] = {FLOAT: 0.0, **{key: factors[unit.name] * m.margin for key, m in row.items()}}
     return scores, margins
 
 

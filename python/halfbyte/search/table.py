@@ -71,7 +71,7 @@ class Session:
         return measurement
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False)
 class SensitivityTable:
     """Loss, bytes and, once timed, latency of every module in every scheme. Prints as a table, shows as one in a notebook.
 
@@ -159,7 +159,8 @@ class SensitivityTable:
 
         Args:
             cost: What is traded for loss.
-            points: Budgets tried, evenly spaced; each point is the exact optimum at its budget.
+            points: Budgets tried, evenly spaced on a logarithmic axis, besides those of the uniform schemes; each point is the
+                exact optimum at its budget.
             pins, min_bits, ends: As in `allocate`.
             measured: Measure the loss of every point and of every uniform scheme, not only predict it.
         """
@@ -171,15 +172,9 @@ class SensitivityTable:
             self._need_latency()
         allowed = allowed_candidates(self.units, self.schemes, self.entries, pins or {}, min_bits, ends)
         problem, _ = self._problem(allowed)
-        low, high = (
-            float(
-                np.add.reduce(extreme.reduceat(problem.costs[cost], np.flatnonzero(np.diff(problem.unit, prepend=-1))))
-            )
-            for extreme in (np.minimum, np.maximum)
-        )
         found: list[Allocation] = []
-        for budget in np.linspace(low, high, points):
-            choices = self._solve(allowed, {cost: float(budget)}, "loss", fixed=0.0)
+        for budget in self._budgets(problem, cost, points):
+            choices = self._solve(allowed, {cost: budget}, "loss")
             loss = self.session.measure(choices).loss if measured and self.session is not None else None
             allocation = self._allocation(choices, {}, loss, None)
             if not found or allocation.choices != found[-1].choices:
@@ -273,16 +268,25 @@ class SensitivityTable:
             costs["latency"] = np.array([self.latency.units[name][key] for _, name, key in rows])
         return Problem(np.array([i for i, _, _ in rows]), costs), [(name, key) for _, name, key in rows]
 
+    def _outside(self) -> dict[str, float]:
+        """What the model costs besides its units."""
+        return {"bytes": float(self.rest_bytes), "loss": 0.0, "latency": self.latency.rest if self.latency else 0.0}
+
+    def _budgets(self, problem: Problem, cost: str, points: int) -> list[float]:
+        """Totals from the smallest to the largest, closer together where they are small; the uniform schemes' own too."""
+        starts = np.flatnonzero(np.diff(problem.unit, prepend=-1))
+        low, high = (float(f.reduceat(problem.costs[cost], starts).sum()) for f in (np.minimum, np.maximum))
+        rest = self._outside()[cost]
+        own = [self.cost_of(self._uniform(key))[cost] for key in self.uniform_losses]
+        spaced = np.geomspace(max(low, 1e-12), max(high, 1e-12), points) + rest
+        return sorted({*map(float, spaced), *(each for each in own if low + rest <= each <= high + rest)})
+
     def _solve(
-        self,
-        allowed: Mapping[str, Sequence[str]],
-        limits: Mapping[str, float],
-        minimize: str,
-        fixed: float | None = None,
+        self, allowed: Mapping[str, Sequence[str]], limits: Mapping[str, float], minimize: str
     ) -> dict[str, str]:
         problem, names = self._problem(allowed)
-        outside = {"bytes": float(self.rest_bytes), "loss": 0.0, "latency": self.latency.rest if self.latency else 0.0}
-        inner = {name: limit - (outside[name] if fixed is None else fixed) for name, limit in limits.items()}
+        outside = self._outside()
+        inner = {name: limit - outside[name] for name, limit in limits.items()}
         chosen = solve(problem, minimize, inner)
         if chosen is None:
             raise QuantizationError(self._infeasible(problem, inner, limits))
@@ -413,6 +417,8 @@ class SensitivityTable:
     def __str__(self) -> str:
         note = "".join(f"\nwarning: {text}" for text in self.warnings)
         return f"{self.loss_name} that each module adds, by scheme ({self.method})\n{self._table().to_text()}{note}"
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self._table().to_html()
