@@ -6,7 +6,7 @@
 `hb.plan` says what would happen, `hb.save` and `hb.load_` keep the result, `hb.verify` proves that its integers are right.
 """
 
-from halfbyte import algorithms, functional, nn, ops, search
+from halfbyte import algorithms, functional, nn, observers, ops, search
 from halfbyte._extension import (
     __version__,
     available_capabilities,
@@ -29,8 +29,10 @@ from halfbyte.schemes import (
     bf16,
     fp16,
     int4_int8_dynamic,
+    int4_int8_static,
     int4_weight_only,
     int8_dynamic,
+    int8_static,
     int8_weight_only,
     int_weight_only,
     ternary_weight_only,
@@ -81,14 +83,17 @@ __all__ = [
     "fp16",
     "functional",
     "int4_int8_dynamic",
+    "int4_int8_static",
     "int4_weight_only",
     "int8_dynamic",
+    "int8_static",
     "int8_weight_only",
     "int_weight_only",
     "kernel_info",
     "load_",
     "measure_sensitivity",
     "nn",
+    "observers",
     "ops",
     "plan",
     "prepare_",

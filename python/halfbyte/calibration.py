@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfbyte.errors import QuantizationError
@@ -64,22 +65,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def run_data(model: nn.Module, data: Data, *, forward: Forward | None = None, progress: bool = True) -> int:
-    """Runs all batches in evaluation mode without gradients.
+def run_data(
+    model: nn.Module,
+    data: Data,
+    *,
+    forward: Forward | None = None,
+    progress: bool = True,
+    enough: Callable[[int], bool] = lambda batches: False,
+) -> int:
+    """Runs batches in evaluation mode without gradients, all of them unless `enough` says after one that they are.
 
     Returns:
         The number of batches.
 
     Raises:
-        QuantizationError: there was no batch; most often a generator that was used before.
+        QuantizationError: there was no batch, most often a generator that was used before; or what an observer found wrong
+            with one, with its index.
     """
     run = run_batch if forward is None else forward
     total = len(data) if isinstance(data, Sized) else None
     count = 0
     with evaluating(model):
         for batch in track(data, "calibrating", total=total, enabled=progress):
-            run(model, batch)
+            try:
+                run(model, batch)
+            except QuantizationError as error:
+                raise QuantizationError(f"batch {count} of the data: {error}") from error
             count += 1
+            if enough(count):
+                break
     if count == 0:
         raise QuantizationError("data gave no batches; if it is a generator, it was used up before: make a new one")
     return count
@@ -106,7 +120,7 @@ class InputStatistics:
         """Adds a batch `[..., I]`.
 
         Raises:
-            QuantizationError: NaN or inf among the inputs; names the module and its batch.
+            QuantizationError: NaN or inf among the inputs; names the module.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         self._add(rows)
@@ -118,6 +132,27 @@ class InputStatistics:
         if not torch.isfinite(squares).all():
             raise self._not_finite()
         self._sum_of_squares = squares if self._sum_of_squares is None else self._sum_of_squares + squares
+
+    def begin_share(self) -> None:
+        """Sets aside what was seen, until `end_share`."""
+        self._aside = (self._sum_of_squares, self.tokens, self.batches)
+        self._sum_of_squares, self.tokens, self.batches = None, 0, 0
+
+    def abandon_share(self) -> None:
+        """Forgets what was seen since `begin_share`."""
+        self._sum_of_squares, self.tokens, self.batches = self._aside
+
+    def end_share(self) -> None:
+        """Adds what all processes of the default group have seen since to what was set aside."""
+        shares: list[tuple[Tensor | None, int, int]] = [(None, 0, 0)] * dist.get_world_size()
+        dist.all_gather_object(shares, (self._sum_of_squares, self.tokens, self.batches))
+        self._sum_of_squares, self.tokens, self.batches = self._aside
+        for squares, tokens, batches in shares:
+            if squares is not None:
+                before = self._sum_of_squares
+                self._sum_of_squares = squares if before is None else before + squares
+            self.tokens += tokens
+            self.batches += batches
 
     @property
     def mean_square(self) -> Tensor:
@@ -131,7 +166,7 @@ class InputStatistics:
         return (self._sum_of_squares / self.tokens).float()
 
     def _not_finite(self) -> QuantizationError:
-        return QuantizationError(f"{self._name}: NaN or inf among its inputs, the {self.batches + 1}. time it ran")
+        return QuantizationError(f"{self._name}: NaN or inf among its inputs")
 
     def _never_ran(self) -> QuantizationError:
         return QuantizationError(

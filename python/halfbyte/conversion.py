@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward
 from halfbyte.fallback import Fallback, announce
-from halfbyte.formats import FloatFormat, IntFormat
+from halfbyte.formats import FloatFormat, IntFormat, PerTensor
 from halfbyte.hessian import InputHessian
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import PANEL, WeightPacker
@@ -25,6 +26,9 @@ from halfbyte.swap import interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths
 
 _CHUNK_ELEMENTS = 1 << 16  # weights rounded at a time: bounds the working set whatever the layer's size
+
+Activations: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""`act_scale` and `act_zero_point` by name of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ def convert(
 ) -> Report:
     """Rounds all weights and swaps all modules; with `batches`, layers that need Hessians are calibrated in order first."""
     made = preparation.plan
+    activations = {name: hook.qparams() for name, hook in preparation.ranges.items()}
     with Staging(preparation.staging_budget) as staging:
         results: dict[str, _Rounded] = {}
         with torch.no_grad():
@@ -57,8 +62,8 @@ def convert(
             for row in track(rows, "quantizing", enabled=progress):
                 results[row.name] = _round_weight(model, row, preparation, staging)
         announce((f for result in results.values() for f in result.fallbacks), preparation.on_fallback)
-        _commit(model, made, staging)
-    modules = tuple(_module_report(row, results) for row in made.rows)
+        _commit(model, made, staging, activations)
+    modules = tuple(_module_report(row, results, preparation) for row in made.rows)
     return Report(
         modules=modules,
         bytes_before=made.bytes_before,
@@ -68,7 +73,7 @@ def convert(
     )
 
 
-def _module_report(row: PlanRow, results: dict[str, _Rounded]) -> ModuleReport:
+def _module_report(row: PlanRow, results: dict[str, _Rounded], preparation: Preparation) -> ModuleReport:
     if row.scheme is None:
         return ModuleReport(plan=row, fallbacks=row.fallbacks)
     result = results[row.tied_to or row.name]
@@ -78,6 +83,7 @@ def _module_report(row: PlanRow, results: dict[str, _Rounded]) -> ModuleReport:
         relative_error=result.relative_error,
         seconds=0.0 if row.tied_to else result.seconds,
         fallbacks=row.fallbacks + (() if row.tied_to else result.fallbacks),
+        activation=preparation.ranges[row.name].found() if row.name in preparation.ranges else None,
     )
 
 
@@ -99,7 +105,7 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: Preparation, stag
         rounding, importance = preparation.rounding_of(row), preparation.importance_of(row)
         group_size = weight_format.group_size(weight.shape[1])
         packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
-        for rows in _row_chunks(weight):
+        for rows in _row_chunks(weight, weight_format):
             part = rounding.round(rows, weight_format, importance)
             packer.add(part)
             error += (part.dequantize(group_size) - rows).square_().sum(dtype=torch.float64).item()
@@ -150,23 +156,31 @@ def _round_in_order(
     return results
 
 
-def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
+def _row_chunks(weight: Tensor, weight_format: IntFormat | None = None) -> Iterator[Tensor]:
     rows = max(PANEL, _CHUNK_ELEMENTS // weight.shape[1] // PANEL * PANEL)
+    if weight_format is not None and weight_format.granularity == PerTensor():
+        rows = weight.shape[0]
     return iter(torch.split(weight.detach(), rows))
 
 
-def _commit(model: nn.Module, made: Plan, staging: Staging) -> None:
+def _commit(model: nn.Module, made: Plan, staging: Staging, activations: Activations) -> None:
     """Swaps all modules. An interrupt waits until the last one is in: half a conversion would be no model at all."""
     swapped: dict[str, nn.Module] = {}
     with interrupts_deferred():
         for row in sorted(made.targets, key=lambda r: r.tied_to is not None):  # owners of a shared weight first
-            new = _converted(model.get_submodule(row.name), row, swapped, staging)
+            new = _converted(model.get_submodule(row.name), row, swapped, staging, activations.get(row.name))
             replace_module(model, (row.name, *row.aliases), new)
             swapped[row.name] = new
         disable_fast_paths(model)
 
 
-def _converted(old: nn.Module, row: PlanRow, swapped: dict[str, nn.Module], staging: Staging) -> nn.Module:
+def _converted(
+    old: nn.Module,
+    row: PlanRow,
+    swapped: dict[str, nn.Module],
+    staging: Staging,
+    activation: tuple[Tensor, Tensor] | None,
+) -> nn.Module:
     scheme, home = row.scheme, None if row.tied_to is None else swapped[row.tied_to]
     assert scheme is not None and isinstance(old, nn.Linear | nn.Embedding)
     new: nn.Module
@@ -182,7 +196,7 @@ def _converted(old: nn.Module, row: PlanRow, swapped: dict[str, nn.Module], stag
     else:
         packed = home.packed_weight if isinstance(home, QuantizedLinear | QuantizedEmbedding) else staging.get(row.name)
         if isinstance(old, nn.Linear):
-            new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype)
+            new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype, activation)
         else:
             new = QuantizedEmbedding(scheme, packed, old.weight.dtype, old.padding_idx)
     return new

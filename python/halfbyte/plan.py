@@ -14,14 +14,16 @@ from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, IntFormat, PerAxis, PerGroup
 from halfbyte.nn import QuantizedModule
 from halfbyte.nn.packed_weight import packed_bytes
+from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
 from halfbyte.ops import Layout
 from halfbyte.parts import ModelInParts, take_apart
 from halfbyte.recipe import Pattern, Recipe, as_recipe
-from halfbyte.schemes import Scheme
+from halfbyte.schemes import Scheme, int8_dynamic
 from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
 _SMALLEST_FALLBACK_GROUP = 8
+_ACTIVATION_BYTES = sum(dtype.itemsize for dtype in ACTIVATION_BUFFERS.values())  # of a module with static activations
 _WRAP_IT = "the model itself is a {}, which cannot replace itself; wrap it: nn.Sequential(model)"
 
 
@@ -233,6 +235,7 @@ class _Resolver:
                         choices[name] = _Choice(None, None, f"its weight is shared with {others}, which stays in float")
         for name, choice in choices.items():
             self._fit_group_size(name, choice)
+            self._fit_activation(name, choice)
         self._leave_whole(choices)
         return Plan(rows=tuple(self._rows(choices)))
 
@@ -273,6 +276,8 @@ class _Resolver:
         elif isinstance(module, nn.Embedding):
             choice.layout = "rows"
             choice.scheme = _table_scheme(scheme) if override is None else Scheme(weight=scheme.weight)
+            if choice.scheme.static:
+                choice.scheme = Scheme(weight=choice.scheme.weight)
             if choice.scheme.weight != scheme.weight:
                 choice.reason = "tables keep 8 bits unless an override names them"
         return choice
@@ -327,6 +332,15 @@ class _Resolver:
         message = f"group_size={asked} does not divide in_features={in_features}: group_size={fitting} is used"
         choice.fallbacks += (Fallback(name, "group_size", message),)
 
+    def _fit_activation(self, name: str, choice: _Choice) -> None:
+        whole = self.view.whole(name)
+        if whole is None or choice.scheme is None or not choice.scheme.static:
+            return
+        if isinstance(whole[1], nn.RNNBase | nn.RNNCellBase):
+            choice.scheme = Scheme(weight=choice.scheme.weight, activation=int8_dynamic().activation)
+            message = "recurrent layers have no static activations: their scales are found per token at run time"
+            choice.fallbacks += (Fallback(name, "activation", message),)
+
     def _rows(self, choices: dict[str, _Choice]) -> Iterator[PlanRow]:
         seen: set[int] = set()
         for name, module in self.modules.items():
@@ -344,6 +358,7 @@ class _Resolver:
             if choice.scheme is not None and shape is not None and weight is not None:
                 after -= weight.nbytes if weight_is_new else 0
                 after += 0 if choice.tied_to else _weight_bytes(choice.scheme, choice.layout, shape)
+                after += _ACTIVATION_BYTES if choice.scheme.static else 0
                 kernel = kernel_name(module, choice.scheme)
             yield PlanRow(
                 name=name,
@@ -406,8 +421,9 @@ def _table_scheme(scheme: Scheme) -> Scheme:
 def _with_weight(scheme: Scheme | None, weight_format: IntFormat | FloatFormat | None) -> Scheme | None:
     if weight_format is None:
         return None
-    activation = None if scheme is None or isinstance(weight_format, FloatFormat) else scheme.activation
-    return Scheme(weight=weight_format, activation=activation)
+    if scheme is None or isinstance(weight_format, FloatFormat):
+        return Scheme(weight=weight_format)
+    return replace(scheme, weight=weight_format)
 
 
 def _is_weight_of_all(modules: dict[str, nn.Module], owners: list[str]) -> bool:

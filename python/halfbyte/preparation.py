@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfbyte import ops
-from halfbyte.algorithms import HessianRounding, Rounding, default_rounding
+from halfbyte.activation import InputObserver
+from halfbyte.algorithms import RTN, HessianRounding, Rounding, default_rounding
 from halfbyte.calibration import InputStatistics
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
@@ -33,6 +36,7 @@ class Preparation:
     on_fallback: OnFallback
     staging_budget: int
     statistics: dict[str, InputStatistics]
+    ranges: dict[str, InputObserver]
     batches: int = 0
 
     @staticmethod
@@ -63,7 +67,12 @@ class Preparation:
         statistics = {
             row.name: InputHessian(row.name) if row.name in with_hessian else InputStatistics(row.name)
             for row in made.targets
-            if _observed(modules[row.name], row)
+            if _observed(modules[row.name], row) and _weighted(row, chosen)
+        }
+        ranges = {
+            row.name: InputObserver(row.name, row.scheme)
+            for row in made.targets
+            if row.scheme is not None and row.scheme.static
         }
         return Preparation(
             plan=made,
@@ -71,24 +80,86 @@ class Preparation:
             on_fallback=on_fallback,
             staging_budget=staging_budget,
             statistics=statistics,
+            ranges=ranges,
         )
+
+    @property
+    def needing_data(self) -> list[str]:
+        """What needs calibration data, in words."""
+        algorithms = [type(algorithm).__name__ for algorithm in self.algorithms if algorithm.needs_data]
+        return algorithms + (["a scheme with static activations"] if self.ranges else [])
+
+    @property
+    def settled(self) -> bool:
+        """Whether every range of static activations that was seen has converged, and any was."""
+        seen = [hook.observer for hook in self.ranges.values() if hook.observer.batches]
+        return bool(seen) and all(observer.range().converged for observer in seen)
 
     def observe(self, model: nn.Module) -> None:
         """Hooks the statistics to their modules."""
-        for name, statistics in self.statistics.items():
-            model.get_submodule(name).register_forward_pre_hook(statistics)
+        for name, hook in self._hooks():
+            model.get_submodule(name).register_forward_pre_hook(hook)
 
     def stop_observing(self, model: nn.Module) -> None:
         """Takes the hooks away, those that a copy of the model brought along included."""
-        ours = {id(statistics) for statistics in self.statistics.values()}
+        ours = {id(hook) for _, hook in self._hooks()}
         for module in model.modules():
             hooks = module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if id(hook) in ours]:
                 del hooks[key]
 
-    def observing(self, model: nn.Module) -> _Observing:
+    @property
+    def has_data(self) -> bool:
+        """Whether any batch reached a module that is observed."""
+        ran = (hook.observer.batches for hook in self.ranges.values())
+        return any(statistics.tokens for statistics in self.statistics.values()) or any(ran)
+
+    def begin_share(self) -> None:
+        """Sets aside what was seen so far: what comes next is this process's share of data that all of them see.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            QuantizationError: Hessians are collected, which are not shared.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "distributed=True needs torch.distributed.init_process_group(...), as torchrun sets it up"
+            )
+        if any(isinstance(statistics, InputHessian) for statistics in self.statistics.values()):
+            raise QuantizationError(
+                "Hessians are not shared between processes; calibrate in one, with distributed=False"
+            )
+        for _, hook in self._hooks():
+            hook.begin_share()
+
+    def abandon_share(self) -> None:
+        """Forgets this process's share."""
+        for _, hook in self._hooks():
+            hook.abandon_share()
+
+    def end_share(self) -> None:
+        """Adds the shares of all processes, on each of them, to what was set aside."""
+        for _, hook in self._hooks():
+            hook.end_share()
+
+    def _hooks(self) -> Iterator[tuple[str, InputStatistics | InputObserver]]:
+        yield from self.ranges.items()
+        yield from self.statistics.items()
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
         """Observes inside a `with` block."""
-        return _Observing(self, model)
+        self.observe(model)
+        try:
+            yield
+        finally:
+            self.stop_observing(model)
+
+    @contextmanager
+    def observing_ranges(self, model: nn.Module) -> Iterator[None]:
+        """The same, but only the ranges of static activations."""
+        with replace(self, statistics={}).observing(model):
+            yield
 
     def rounding_of(self, row: PlanRow) -> Rounding:
         """The algorithm that chooses the integers of a module."""
@@ -108,18 +179,6 @@ class Preparation:
         return self.statistics[row.name].mean_square
 
 
-@dataclass(slots=True)
-class _Observing:
-    preparation: Preparation
-    model: nn.Module
-
-    def __enter__(self) -> None:
-        self.preparation.observe(self.model)
-
-    def __exit__(self, *_: object) -> None:
-        self.preparation.stop_observing(self.model)
-
-
 def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
     if isinstance(algorithms, Rounding) or not isinstance(algorithms, Sequence):
         raise TypeError(f"algorithms={algorithms!r} is not a list; use algorithms=[hb.algorithms.MSE()]")
@@ -135,6 +194,13 @@ def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
 def _observed(module: nn.Module, row: PlanRow) -> bool:
     integer = row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
     return integer and isinstance(module, nn.Linear)
+
+
+def _weighted(row: PlanRow, algorithms: Sequence[Rounding]) -> bool:
+    """Whether the rounding of a weight looks at the mean squares of its inputs; a static 8-bit scheme has other hooks."""
+    assert row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    rounding = algorithms[-1] if algorithms else default_rounding(row.scheme.weight)
+    return not (row.scheme.static and isinstance(rounding, RTN))
 
 
 def _has_inputs(module: nn.Module, made: Plan, row: PlanRow) -> bool:

@@ -52,7 +52,7 @@ def linear_reference(module: QuantizedLinear, x: Tensor) -> Iterator[LinearRefer
 
 
 def _int8_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:
-    codes, act_scale = functional.quantize_rows_dynamic(x)
+    codes, act_scale = activation_codes(module, x)
     weight, scale, _ = _grouped_weight(module, outputs)
     a = _grouped(codes.double(), module.group_size)  # [G, R, group]
     products = a @ weight.transpose(1, 2)  # [G, R, columns]: sums of integers below 2^53, exact
@@ -66,6 +66,14 @@ def _int8_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> Linea
     roundings = products.shape[0] * -(-module.group_size // _MAX_CHUNK) + 3
     bound = _bound(exact, magnitude, roundings, x.dtype)
     return LinearReference(outputs, exact, bound, products.sum(0), magnitudes.sum(0))
+
+
+def activation_codes(module: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of a layer's inputs `[R, I]` less their zero point, and scales `[R, 1]`, found at run time or static."""
+    if module.act_scale is None or module.act_zero_point is None:
+        return functional.quantize_rows_dynamic(x)
+    codes = functional.quantize_rows_static(x, module.act_scale, module.act_zero_point) - module.act_zero_point
+    return codes, module.act_scale.expand(x.shape[0], 1)
 
 
 def _float_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:

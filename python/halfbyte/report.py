@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from halfbyte.activation import ActivationRange
 from halfbyte.fallback import Fallback
 from halfbyte.plan import Plan, PlanRow
 from halfbyte.table import Table, fold_by_name, format_bytes
@@ -20,6 +22,7 @@ class ModuleReport:
         relative_error: `‖W - Ŵ‖ / ‖W‖` of its weight, Frobenius norms; None where it stays in floating point.
         seconds: Time its weight took.
         fallbacks: Departures from what was asked, those found in the plan and those found at work.
+        activation: Range of its inputs, where activations are static.
     """
 
     plan: PlanRow
@@ -27,6 +30,7 @@ class ModuleReport:
     relative_error: float | None = None
     seconds: float = 0.0
     fallbacks: tuple[Fallback, ...] = ()
+    activation: ActivationRange | None = None
 
     @property
     def name(self) -> str:
@@ -49,6 +53,7 @@ class ModuleReport:
             "sqnr_db": self.sqnr_db,
             "seconds": self.seconds,
             "fallbacks": [f.to_dict() for f in self.fallbacks],
+            "activation": None if self.activation is None else self.activation.to_dict(),
         }
 
 
@@ -94,8 +99,9 @@ class Report:
         }
 
     def _table(self) -> Table:
-        header = ["module", "type", "format", "rounding", "before", "after", "rel. error", "SQNR dB", "note"]
-        table = Table(header, right={4, 5, 6, 7})
+        static = any(module.activation for module in self.modules)
+        header = ["module", "type", "format", "rounding", "before", "after", "rel. error", "SQNR dB"]
+        table = Table([*header, *(["input range"] if static else []), "note"], right={4, 5, 6, 7})
 
         def shown(module: ModuleReport) -> tuple[str, ...]:
             return module.plan.module_type, module.plan.format_text, module.rounding, module.plan.note
@@ -112,11 +118,13 @@ class Report:
                 format_bytes(sum(module.plan.bytes_after for module in modules)),
                 "" if worst.relative_error is None else f"{worst.relative_error:.2e}",
                 "" if worst.sqnr_db is None else f"{worst.sqnr_db:.1f}",
+                *([_range_text(modules)] if static else []),
                 note,
             )
         ratio = f"{self.bytes_before / self.bytes_after:.2f}x smaller, " if self.bytes_after else ""
         after = format_bytes(self.bytes_after)
-        table.total("total", "", "", "", format_bytes(self.bytes_before), after, "", "", f"{ratio}{self.seconds:.2f} s")
+        empty = [""] * (3 if static else 2)
+        table.total("total", "", "", "", format_bytes(self.bytes_before), after, *empty, f"{ratio}{self.seconds:.2f} s")
         return table
 
     def __str__(self) -> str:
@@ -124,3 +132,12 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self._table().to_html()
+
+
+def _range_text(modules: Sequence[ModuleReport]) -> str:
+    """The range of inputs, that of several together; ~ where it had not settled."""
+    ranges = [module.activation for module in modules if module.activation is not None]
+    if not ranges:
+        return ""
+    unsettled = "" if all(found.converged for found in ranges) else "~"
+    return f"{unsettled}{min(found.low for found in ranges):.3g} to {max(found.high for found in ranges):.3g}"

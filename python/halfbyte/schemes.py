@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerToken, format_from_dict
+from halfbyte.formats import (
+    FloatFormat,
+    Format,
+    Granularity,
+    IntFormat,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    format_from_dict,
+)
+from halfbyte.observers import MSE, Observer
 
 _INT8_PER_TOKEN = IntFormat(bits=8, symmetric=True, granularity=PerToken(), narrow_range=True)
+_STATIC = {symmetric: IntFormat(bits=8, symmetric=symmetric, granularity=PerTensor()) for symmetric in (False, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +30,10 @@ class Scheme:
 
     Args:
         weight: Format of the weights.
-        activation: Format of the inputs, found per token at run time; None keeps them in floating point.
+        activation: Format of the inputs: per token, found at run time, or per tensor, found in calibration (*static*). None
+            keeps them in floating point.
+        observer: Finds the range of static activations; a prototype that has seen nothing. Not part of what the module
+            computes: files do not hold it, and schemes that differ in it alone are equal.
 
     Raises:
         ValueError: a combination that no kernel computes.
@@ -26,20 +41,35 @@ class Scheme:
 
     weight: Format
     activation: IntFormat | None = None
+    observer: Observer | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, IntFormat):
             granularity = self.weight.granularity
-            if not (isinstance(granularity, PerGroup) or granularity == PerAxis(0)):
-                raise ValueError(f"weights cannot be quantized {granularity}; use PerAxis(0) or PerGroup(group_size)")
+            if not (isinstance(granularity, PerGroup | PerTensor) or granularity == PerAxis(0)):
+                raise ValueError(
+                    f"weights cannot be quantized {granularity}; use PerAxis(0), PerTensor() or PerGroup(group_size)"
+                )
         elif self.activation is not None:
             raise ValueError(f"integer activations need integer weights, not {self.weight}")
-        if self.activation is not None and self.activation != _INT8_PER_TOKEN:
-            raise ValueError(f"activations in {self.activation} have no kernel; use 8 bits, symmetric, per token")
+        if self.activation is not None and self.activation not in (_INT8_PER_TOKEN, *_STATIC.values()):
+            raise ValueError(
+                f"activations in {self.activation} have no kernel; use 8 bits: symmetric per token, or per tensor"
+            )
+        if self.observer is not None and (not isinstance(self.observer, Observer) or self.observer.axis is not None):
+            raise ValueError(f"observer={self.observer!r} does not observe whole tensors; use e.g. hb.observers.MSE()")
+
+    @property
+    def static(self) -> bool:
+        """Whether scales of activations are found in calibration."""
+        return self.activation is not None and self.activation.granularity == PerTensor()
 
     def __str__(self) -> str:
-        suffix = "" if isinstance(self.weight, FloatFormat) else ", float activations"
-        return f"{self.weight}{suffix if self.activation is None else ', int8 activations'}"
+        if self.activation is None:
+            return f"{self.weight}{'' if isinstance(self.weight, FloatFormat) else ', float activations'}"
+        if not self.static:
+            return f"{self.weight}, int8 activations"
+        return f"{self.weight}, static {'int8' if self.activation.symmetric else 'uint8'} activations"
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description; `Scheme.from_dict` reads it back."""
@@ -117,6 +147,37 @@ def ternary_weight_only(group_size: int | None = None) -> Scheme:
 def int4_int8_dynamic(group_size: int = 128, symmetric: bool = False) -> Scheme:
     """W4A8: 4-bit weights in groups, INT8 activations per token, integer products."""
     return Scheme(weight=_low_bit_weight(4, group_size, symmetric), activation=_INT8_PER_TOKEN)
+
+
+def int8_static(*, per_channel: bool = True, symmetric: bool = False, observer: Observer | None = None) -> Scheme:
+    """INT8 weights and INT8 activations whose scales are found in calibration: integer products, nothing searched at run time.
+
+    Needs calibration data.
+
+    Args:
+        per_channel: One weight scale per output channel; False: one for the whole weight.
+        symmetric: Activations without a zero point; False: unsigned with one, which uses all codes for one-sided inputs.
+        observer: How ranges of activations are found; default `hb.observers.MSE()`.
+
+    Example:
+        >>> str(int8_static())
+        'int8 per channel, static uint8 activations'
+    """
+    weight = _int8_weight(PerAxis(0) if per_channel else PerTensor())
+    return Scheme(weight=weight, activation=_STATIC[symmetric], observer=MSE() if observer is None else observer)
+
+
+def int4_int8_static(
+    group_size: int | None = None, *, symmetric: bool = False, observer: Observer | None = None
+) -> Scheme:
+    """W4A8 with static activations: symmetric 4-bit weights, INT8 activations whose scales are found in calibration.
+
+    Args:
+        group_size: Inputs that share a weight scale; None: one for each output channel.
+        symmetric, observer: As for `int8_static`.
+    """
+    observer = MSE() if observer is None else observer
+    return Scheme(weight=_low_bit_weight(4, group_size, True), activation=_STATIC[symmetric], observer=observer)
 
 
 def bf16() -> Scheme:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from halfbyte import functional, ops
+from halfbyte import ops
 from halfbyte._extension import available_capabilities, cpu_capability, set_cpu_capability
 from halfbyte.calibration import Data, Forward, check_data, evaluating, run_batch
 from halfbyte.errors import QuantizationError, VerificationError
@@ -29,7 +29,7 @@ from halfbyte.nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from halfbyte.nn.packed_weight import WeightPacker
 from halfbyte.outputs import output_tensors, same_bits
 from halfbyte.plan import kernel_name
-from halfbyte.reference import embedding_reference, linear_reference
+from halfbyte.reference import activation_codes, embedding_reference, linear_reference
 from halfbyte.table import Table, fold_by_name
 
 _FLOAT32_INTEGERS = 2.0**23  # below it, y = s * T in float32 gives T back
@@ -324,7 +324,7 @@ class _Watch:
     def _check_linear(self, module: QuantizedLinear, rows: Tensor, given: Tensor) -> None:
         finite = torch.isfinite(rows).all(dim=1)
         rows, given = rows[finite], given[finite]
-        act_scale = functional.quantize_rows_dynamic(rows)[1].double()
+        act_scale = activation_codes(module, rows)[1].double()
         integers = None if module.scheme.activation is None else _integer_products(module, rows, act_scale)
         for part in linear_reference(module, rows):
             difference = (given[:, part.outputs].double() - part.exact).abs()
@@ -365,6 +365,8 @@ def _integer_products(module: QuantizedLinear, rows: Tensor, act_scale: Tensor) 
         bits=module.weight_format.bits,
         out_features=module.out_features,
         group_size=module.group_size,
+        act_scale=module.act_scale,
+        act_zero_point=module.act_zero_point,
     )
     return torch.round(products.double() / act_scale)
 

@@ -25,6 +25,7 @@ from halfbyte.schemes import Scheme
 from halfbyte.swap import in_parts, put_parts_in_place
 
 _PREPARATION = "_halfbyte_preparation"
+_STABLE_EVERY = 4  # batches between two looks at whether ranges have converged
 
 
 def quantize_(
@@ -73,12 +74,16 @@ def quantize_(
     if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback, in_order=True)
-    if data is None and any(a.needs_data for a in preparation.algorithms):
-        names = ", ".join(type(a).__name__ for a in preparation.algorithms if a.needs_data)
+    if data is None and preparation.needing_data:
+        names = ", ".join(preparation.needing_data)
         raise QuantizationError(f"{names} needs calibration data: pass data=<iterable of batches>")
     with in_parts(model, preparation.plan.taken_apart):
         if data is not None and preparation.hessian_rounding is not None:
-            return convert(model, preparation, progress, start, batches=list(check_data(data)), forward=forward)
+            batches = list(check_data(data))
+            if preparation.ranges:  # those of the float model: the rounding sees what quantized layers give
+                with preparation.observing_ranges(model):
+                    run_data(model, batches, forward=forward, progress=progress)
+            return convert(model, preparation, progress, start, batches=batches, forward=forward)
         if data is not None:
             with preparation.observing(model):
                 preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
@@ -122,23 +127,55 @@ def prepare_(
     return model
 
 
-def calibrate(model: nn.Module, data: Data, *, forward: Forward | None = None, progress: bool = True) -> nn.Module:
+def calibrate(
+    model: nn.Module,
+    data: Data,
+    *,
+    forward: Forward | None = None,
+    progress: bool = True,
+    until_stable: bool = False,
+    distributed: bool = False,
+) -> nn.Module:
     """Second step of `quantize_`: runs batches through a prepared model, in evaluation mode without gradients.
 
-    May be called several times; statistics add up.
+    May be called several times; statistics add up. If it fails, what the batches before the bad one gave is kept, unless
+    `distributed`.
 
     Args:
         model: A model that `prepare_` prepared.
         data, forward, progress: As in `quantize_`.
+        until_stable: Stop as soon as the ranges of all static activations have converged (see
+            `hb.observers.ObservedRange`); the report says how many batches that took. A layer that has not run by then
+            is an error of `convert_`.
+        distributed: All processes of the default `torch.distributed` group make this call, each with its own data, and end
+            up with the statistics of all of it.
 
     Returns:
         The model.
 
     Raises:
-        QuantizationError: the model is not prepared, there were no batches, or NaN among a module's inputs.
+        QuantizationError: the model is not prepared, there were no batches, NaN or inf among a layer's inputs (names the
+            batch and the layer), inputs that are not in floating point, or nothing that could become stable.
+        RuntimeError: `distributed=True` and `torch.distributed` is not initialised.
     """
     preparation = _prepared(model)
-    preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
+    if until_stable and not preparation.ranges:
+        raise QuantizationError("until_stable=True needs static activations, whose ranges settle; use hb.int8_static()")
+    if distributed:
+        preparation.begin_share()
+
+    def enough(batches: int) -> bool:
+        return until_stable and batches % _STABLE_EVERY == 0 and preparation.settled
+
+    try:
+        batches = run_data(model, check_data(data), forward=forward, progress=progress, enough=enough)
+    except BaseException:
+        if distributed:
+            preparation.abandon_share()
+        raise
+    preparation.batches += batches
+    if distributed:
+        preparation.end_share()
     return model
 
 
@@ -157,9 +194,9 @@ def convert_(model: nn.Module, *, progress: bool = True) -> Report:
     """
     start = time.perf_counter()
     preparation = _prepared(model)
-    needing = [type(a).__name__ for a in preparation.algorithms if a.needs_data]
-    if needing and not any(s.tokens for s in preparation.statistics.values()):
-        raise QuantizationError(f"{', '.join(needing)} needs calibration data: run hb.calibrate(model, data) first")
+    if preparation.needing_data and not preparation.has_data:
+        needing = ", ".join(preparation.needing_data)
+        raise QuantizationError(f"{needing} needs calibration data: run hb.calibrate(model, data) first")
     report = convert(model, preparation, progress, start)
     preparation.stop_observing(model)
     del model.__dict__[_PREPARATION]

@@ -148,3 +148,34 @@ def test_growing_checks_its_arguments() -> None:
         hb.ops.grow_histogram(torch.zeros(3, dtype=torch.int64), low=0, high=1, to_low=0, to_high=2)
     with pytest.raises(ValueError, match="to_high=inf is not finite"):
         hb.ops.grow_histogram(torch.zeros(4, dtype=torch.int64), low=0, high=1, to_low=0, to_high=math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_search_finds_a_range_no_worse_than_all_and_reports_its_error(dtype: torch.dtype) -> None:
+    counts = histogram(torch.randn(10_000, generator=torch.Generator().manual_seed(0)), 2048, -5.0, 5.0).to(dtype)
+    centers = (torch.arange(2048) + 0.5) * (10 / 2048) - 5
+
+    def error(low: float, high: float) -> float:
+        scale = torch.tensor((high - low) / 15)
+        zero = torch.round(-low / scale).to(torch.int32)
+        codes = hb.ops.fake_quantize(centers, scale, zero, qmin=0, qmax=15)
+        return float(((codes - centers).square() * counts).sum() / counts.sum())
+
+    low, high, found = hb.ops.search_histogram(counts, low=-5, high=5, qmin=0, qmax=15, symmetric=False)
+    assert -5 <= low < 0 < high <= 5
+    assert found == pytest.approx(error(low, high), rel=0.02)
+    assert found < error(-5, 5)
+
+
+def test_search_of_nothing_and_its_arguments() -> None:
+    empty = torch.zeros(16, dtype=torch.int64)
+    assert hb.ops.search_histogram(empty, low=0, high=1, qmin=0, qmax=255, symmetric=False) == (0, 0, 0)
+    with pytest.raises(ValueError, match="qmax=0"):
+        hb.ops.search_histogram(empty, low=0, high=1, qmin=-1, qmax=0, symmetric=True)
+    with pytest.raises(TypeError, match="counts has dtype"):
+        hb.ops.search_histogram(empty.float(), low=0, high=1, qmin=0, qmax=255, symmetric=False)
+
+
+def test_opcheck_of_the_search() -> None:
+    counts = histogram(torch.randn(100), 16, -2.0, 2.0)
+    torch.library.opcheck(torch.ops.halfbyte.search_histogram.default, (counts, -2.0, 2.0, 0, 255, False))

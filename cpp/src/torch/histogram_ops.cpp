@@ -1,10 +1,12 @@
-// histogram_update_: private counts for each thread, added up where no value was NaN.
+// histogram_update_: private counts for each thread, added up where no value was NaN. search_histogram: the range of
+// codes that loses least.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "halfbyte/dispatch.h"
+#include "halfbyte/histogram_search.h"
 #include "tensor_checks.h"
 
 namespace halfbyte::ops {
@@ -60,6 +62,28 @@ Tensor histogram_update_(Tensor counts, Tensor x, double low, double high) {
   if (nans > 0) return nan_count;
   for (const std::vector<int64_t>& totals : parts) (integers ? add_to<int64_t> : add_to<double>)(counts, totals);
   return nan_count;
+}
+
+Tensor search_histogram(Tensor counts, double low, double high, int64_t qmin, int64_t qmax, bool symmetric) {
+  check(counts.dim() == 1 && counts.is_contiguous(), "counts is not a contiguous vector");
+  const bool integers = counts.scalar_type() == ScalarType::Long;
+  if (!integers) check_type(counts, ScalarType::Double, "counts");
+  const int64_t bins = counts.size(0);
+  check(bins >= 1 && bins <= kMaxHistogramBins, "counts has ", bins, " bins; 1 to ", kMaxHistogramBins, " are allowed");
+  check(std::isfinite(low) && std::isfinite(high) && low < high, "low=", low, " and high=", high, " are not a range");
+  check(qmin < qmax && qmax > 0, "qmin=", qmin, " and qmax=", qmax, " are not a range of codes");
+  std::vector<double> values(static_cast<size_t>(bins)), moments(static_cast<size_t>(3 * (bins + 1)));
+  for (int64_t i = 0; i < bins; ++i) {
+    values[static_cast<size_t>(i)] = integers
+                                         ? static_cast<double>(static_cast<const int64_t*>(counts.const_data_ptr())[i])
+                                         : static_cast<const double*>(counts.const_data_ptr())[i];
+  }
+  const HistogramView view = {values.data(), bins, low, (high - low) / static_cast<double>(bins)};
+  const SearchedRange range = search_histogram_range(view, {qmin, qmax, symmetric}, moments.data());
+  Tensor result = new_tensor(counts, {3}, ScalarType::Double);
+  auto* out = static_cast<double*>(result.mutable_data_ptr());
+  out[0] = range.low, out[1] = range.high, out[2] = range.mean_squared_error;
+  return result;
 }
 
 }  // namespace halfbyte::ops

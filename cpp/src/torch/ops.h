@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
 
 // histogram_ops.cpp: returns the number of NaN; if there are any, counts stay as they are.
 Tensor histogram_update_(Tensor counts, Tensor x, double low, double high);
+// [3]: ends of the range and its mean squared error.
+Tensor search_histogram(Tensor counts, double low, double high, int64_t qmin, int64_t qmax, bool symmetric);
 
 // packing_ops.cpp
 Tensor pack(Tensor codes, int64_t bits);

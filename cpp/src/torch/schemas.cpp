@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, "
       "int? axis, int? group_size, float grad_factor) -> (Tensor, Tensor, Tensor)");
   m.def("histogram_update_(Tensor(a!) counts, Tensor x, float low, float high) -> Tensor");
+  m.def("search_histogram(Tensor counts, float low, float high, int qmin, int qmax, bool symmetric) -> Tensor");
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
   m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
@@ -73,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("fake_quantize_learned", TORCH_BOX(&fake_quantize_learned));
   m.impl("fake_quantize_learned_backward", TORCH_BOX(&fake_quantize_learned_backward));
   m.impl("histogram_update_", TORCH_BOX(&histogram_update_));
+  m.impl("search_histogram", TORCH_BOX(&search_histogram));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));

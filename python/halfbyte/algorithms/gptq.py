@@ -16,7 +16,7 @@ from halfbyte import ops
 from halfbyte.algorithms.rounding import MSE, RoundedLayer
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import IntFormat
+from halfbyte.formats import IntFormat, PerTensor
 from halfbyte.hessian import InputHessian, reversed_cholesky
 from halfbyte.nn.packed_weight import WeightCodes
 
@@ -74,6 +74,8 @@ class GPTQ:
             QuantizationError: fewer tokens than the layer has inputs, so that its Hessian cannot have full rank.
         """
         in_features = weight.shape[1]
+        if weight_format.granularity == PerTensor():
+            raise QuantizationError(f"{name}: GPTQ has no weights with one scale for all outputs; use PerAxis(0)")
         hessian = inputs.matrix()
         if inputs.tokens < in_features:
             raise QuantizationError(

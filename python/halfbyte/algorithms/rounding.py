@@ -11,7 +11,7 @@ from torch import Tensor
 from halfbyte import ops
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import IntFormat
+from halfbyte.formats import IntFormat, PerTensor
 from halfbyte.hessian import InputHessian
 from halfbyte.nn.packed_weight import WeightCodes
 
@@ -29,7 +29,7 @@ class Rounding(Protocol):
         """Integers and qparams of some rows of a weight.
 
         Args:
-            weight: `[rows, I]`, floating point, finite.
+            weight: `[rows, I]`, floating point, finite; all rows if they share one scale.
             weight_format: Target format; its group size divides `I`.
             importance: `[I]` float32, mean square of each input over the calibration data, or None without data.
         """
@@ -135,17 +135,22 @@ def _round_to_searched_grid(
     weight: Tensor, weight_format: IntFormat, importance: Tensor | None, *, grid: int, max_shrink: float
 ) -> WeightCodes:
     group_size = weight_format.group_size(weight.shape[1])
+    per_tensor = weight_format.granularity == PerTensor()
+    if per_tensor and importance is not None:
+        importance = importance.expand(weight.shape).reshape(1, -1)
     scale, zero_point, _ = ops.search_qparams(
-        weight,
+        weight.reshape(1, -1) if per_tensor else weight,
         importance,
         bits=weight_format.bits,
         symmetric=weight_format.symmetric,
         narrow_range=weight_format.narrow_range,
-        group_size=group_size,
+        group_size=None if per_tensor else group_size,
         grid=grid,
         max_shrink=max_shrink,
         scale_dtype=weight_format.scale_dtype,
     )
+    if per_tensor:  # stored as one equal scale an output
+        scale, zero_point = (q.expand(weight.shape[0], 1).contiguous() for q in (scale, zero_point))
     if weight_format.binary:
         return WeightCodes((weight >= 0).to(torch.uint8), scale, None)
     codes = ops.quantize(

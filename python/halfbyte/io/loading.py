@@ -272,7 +272,8 @@ class _Contents:
             buffers["qweight"], buffers["scale"], buffers.get("zero_point"), entry.layout, entry.shape
         )
         if isinstance(old, nn.Linear):
-            return QuantizedLinear(entry.scheme, packed, bias, dtype)
+            activation = (buffers["act_scale"], buffers["act_zero_point"]) if entry.scheme.static else None
+            return QuantizedLinear(entry.scheme, packed, bias, dtype, activation)
         return QuantizedEmbedding(entry.scheme, packed, dtype, old.padding_idx)
 
 

@@ -15,6 +15,7 @@ from halfbyte.errors import FileFormatError
 from halfbyte.formats import FloatFormat, PerGroup
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import packed_shapes
+from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
 from halfbyte.ops import Layout
 from halfbyte.schemes import Scheme
 
@@ -95,7 +96,9 @@ class ModuleEntry:
         if isinstance(self.scheme.weight, FloatFormat):
             return {"weight": (self.shape, self.scheme.weight.dtype)}
         assert self.layout is not None
-        return packed_shapes(self.scheme.weight, self.layout, self.shape)
+        packed = packed_shapes(self.scheme.weight, self.layout, self.shape)
+        activation = ACTIVATION_BUFFERS if self.is_linear and self.scheme.static else {}
+        return {**packed, **{name: ((), dtype) for name, dtype in activation.items()}}
 
     def to_dict(self) -> dict[str, object]:
         """As in the file."""

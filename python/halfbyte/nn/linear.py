@@ -14,13 +14,15 @@ from halfbyte.schemes import Scheme
 
 
 class QuantizedLinear(QuantizedModule):
-    """`y = x Wᵀ + b` with W in 1 to 8 bits and x in floating point or, per token, in INT8.
+    """`y = x Wᵀ + b` with W in 1 to 8 bits and x in floating point or INT8, its scales found per token or in calibration.
 
     Args:
         scheme: Weight and activation formats.
         weight: Packed weight of shape `(out_features, in_features)` in the tiles layout.
         bias: `[out_features]`, floating point, or None. Kept as the parameter it is.
         dtype: dtype that `weight` reads as; outputs have the dtype of the input.
+        activation: `act_scale` and `act_zero_point` of a scheme with static activations, one float32 and one int32 number. The
+            zero point is that of signed codes, -128 to 127: unsigned codes are 128 more, and so is their zero point.
 
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`; float32, bfloat16 or float16.
@@ -35,9 +37,16 @@ class QuantizedLinear(QuantizedModule):
     bias: nn.Parameter | None
 
     def __init__(
-        self, scheme: Scheme, weight: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype = torch.float32
+        self,
+        scheme: Scheme,
+        weight: PackedWeight,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype = torch.float32,
+        activation: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__(scheme, weight, dtype)
+        super().__init__(scheme, weight, dtype, activation)
+        if scheme.static != (activation is not None):
+            raise ValueError(f"{scheme}: {'give' if scheme.static else 'do not give'} the qparams of activations")
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
 
@@ -63,6 +72,8 @@ class QuantizedLinear(QuantizedModule):
             bits=self.bits,
             out_features=self.out_features,
             group_size=self.group_size,
+            act_scale=self.act_scale,
+            act_zero_point=self.act_zero_point,
         )
 
     def extra_repr(self) -> str:

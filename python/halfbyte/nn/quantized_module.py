@@ -12,11 +12,17 @@ from halfbyte.nn.packed_weight import PackedWeight
 from halfbyte.ops import Layout
 from halfbyte.schemes import Scheme
 
+ACTIVATION_BUFFERS = {
+    "act_scale": torch.float32,
+    "act_zero_point": torch.int32,
+}  # of static activations, one number each
+
 
 class QuantizedModule(nn.Module):
     """Base of modules with integer weights.
 
-    Buffers `qweight`, `scale` and, for asymmetric formats, `zero_point` are plain tensors, so `state_dict`, `deepcopy`,
+    Buffers `qweight`, `scale`, for asymmetric formats `zero_point` and for static activations `act_scale` and `act_zero_point`
+    are plain tensors, so `state_dict`, `deepcopy`,
     pickle, `torch.compile` and `torch.export` need nothing special. Casting the model (`model.half()`) changes the dtype of
     activations and biases, never that of the scales: integers without their exact scales are another model.
     """
@@ -25,7 +31,16 @@ class QuantizedModule(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, scheme: Scheme, weight: PackedWeight, dtype: torch.dtype) -> None:
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        weight: PackedWeight,
+        dtype: torch.dtype,
+        activation: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(scheme.weight, IntFormat):
             raise TypeError(f"{type(self).__name__} needs integer weights, not {scheme.weight}")
@@ -39,6 +54,8 @@ class QuantizedModule(nn.Module):
         )  # inputs that share a scale; all of them per channel
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
+        for name, number in zip(ACTIVATION_BUFFERS, (None, None) if activation is None else activation, strict=True):
+            self.register_buffer(name, number)
 
     @property
     def weight_format(self) -> IntFormat:

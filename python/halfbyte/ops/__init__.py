@@ -4,7 +4,7 @@ from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, 
 from halfbyte.ops.embedding import embedding_weight_only
 from halfbyte.ops.embedding_bag import BagMode, embedding_bag_weight_only
 from halfbyte.ops.gptq import gptq_round, hessian_matrix, hessian_tiles, hessian_update_
-from halfbyte.ops.histogram import grow_histogram, histogram_update_
+from halfbyte.ops.histogram import grow_histogram, histogram_update_, search_histogram
 from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
@@ -34,6 +34,7 @@ __all__ = [
     "quantize",
     "recurrent",
     "recurrent_cell",
+    "search_histogram",
     "search_qparams",
     "unpack",
 ]

@@ -1,4 +1,4 @@
-"""Histograms that calibration adds to batch by batch."""
+"""Histograms that calibration adds to batch by batch, and the range of codes that loses least of what they hold."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from halfbyte import _extension  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import check_float
+from halfbyte.ops.checks import check_float, check_range
 
-__all__ = ["grow_histogram", "histogram_update_"]
+__all__ = ["grow_histogram", "histogram_update_", "search_histogram"]
 
 _extension.check_extension()
 
 _histogram_update = torch.ops.halfbyte.histogram_update_.default
+_search_histogram = torch.ops.halfbyte.search_histogram.default
 
 
 def histogram_update_(counts: Tensor, x: Tensor, *, low: float, high: float, name: str = "x") -> Tensor:
@@ -95,6 +96,47 @@ def grow_histogram(
     return counts, low, high
 
 
+def search_histogram(
+    counts: Tensor, *, low: float, high: float, qmin: int, qmax: int, symmetric: bool
+) -> tuple[float, float, float]:
+    """The range to quantize with that loses least: the smallest `sum(counts * (x_hat - x)**2)`.
+
+    Values count as spread evenly within their bin. Ranges contain zero; their asymmetric zero point is an integer when their
+    error is taken. A coarse search over both ends is refined step by step, so the range found is a local minimum, never
+    worse than the whole range.
+
+    Args:
+        counts: `[bins]`, contiguous, int64 or float64, not negative.
+        low: Lower end of the first bin.
+        high: Upper end of the last bin.
+        qmin: Smallest code.
+        qmax: Largest code.
+        symmetric: Zero is code 0 and the range is `-T` to `T` with `T = scale * qmax`.
+
+    Returns:
+        `(low, high, error)`: the range, and its mean squared error; zeros for a histogram that holds nothing.
+
+    Raises:
+        TypeError: Wrong dtype.
+        ValueError: `counts` or the ranges do not fit.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> counts = torch.tensor([1000, 1000, 1000, 1000] + 59 * [0] + [1])  # an outlier among values below 4
+        >>> low, high, _ = hb.ops.search_histogram(counts, low=0.0, high=64.0, qmin=0, qmax=3, symmetric=False)
+        >>> low, high < 32
+        (0.0, True)
+    """
+    _check_counts(counts)
+    _check_bounds(low, high, counts.numel())
+    check_range(qmin, qmax)
+    if qmax < 1:
+        raise ValueError(f"qmax={qmax} leaves no code for positive values; use a positive qmax")
+    best = _search_histogram(counts, low, high, qmin, qmax, symmetric)
+    best_low, best_high, error = best.tolist()
+    return best_low, best_high, error
+
+
 def _check_counts(counts: Tensor) -> None:
     if not isinstance(counts, Tensor):
         raise TypeError(f"counts is a {type(counts).__name__}; pass a torch.Tensor")
@@ -117,3 +159,10 @@ def _histogram_update_fake(counts: Tensor, x: Tensor, low: float, high: float) -
 
 
 torch.library.register_fake("halfbyte::histogram_update_", _histogram_update_fake)
+
+
+def _search_histogram_fake(counts: Tensor, low: float, high: float, qmin: int, qmax: int, symmetric: bool) -> Tensor:
+    return counts.new_empty(3, dtype=torch.float64)
+
+
+torch.library.register_fake("halfbyte::search_histogram", _search_histogram_fake)
