@@ -18,6 +18,7 @@ from halfbyte.doctor import Doctor, doctor
 from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError, VerificationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
+from halfbyte.fusion import FusionReport, fuse_
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
 from halfbyte.parts import register_module
@@ -54,6 +55,7 @@ __all__ = [
     "FileFormatError",
     "FloatFormat",
     "Format",
+    "FusionReport",
     "Granularity",
     "IntFormat",
     "KernelInfo",
@@ -82,6 +84,7 @@ __all__ = [
     "doctor",
     "fp16",
     "functional",
+    "fuse_",
     "int4_int8_dynamic",
     "int4_int8_static",
     "int4_weight_only",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from benchmarks.models import llama, minilm
+from benchmarks.models import llama, minilm, vision
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,20 @@ def test_sentence_encoder_has_its_published_correlation(shared_data: Path) -> No
     spearman, pearson = minilm.score(minilm.embed(minilm.load_float(shared_data), pairs), pairs)
     assert spearman == pytest.approx(0.77148, abs=2e-5)
     assert pearson == pytest.approx(0.83627, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "top1"),
+    [("MobileNetV1 0.25", 800, 0.85625), ("ResNet-20", 1000, None), ("ResNet-8", 1000, None)],
+)
+def test_image_classifiers_have_their_published_accuracy(
+    shared_data: Path, name: str, images: int, top1: float | None
+) -> None:
+    data = vision.load_data(shared_data, name, images=images)
+    answers = vision.logits(vision.load_float(shared_data, name), data.images).argmax(1)
+    found = (answers == data.labels).float().mean().item()
+    if top1 is None:  # published for all 5,000
+        published, deviation = {"ResNet-20": (0.8102, 0.0124), "ResNet-8": (0.7644, 0.0134)}[name]
+        assert abs(found - published) < 2 * deviation
+    else:
+        assert found == pytest.approx(top1, abs=1e-6)

@@ -19,6 +19,7 @@ The header has one metadata entry, `halfbyte`, whose value is JSON (keys sorted,
 | `halfbyte_version` | version that wrote the file |
 | `modules` | qualified name to `{type, scheme, shape, layout, dtype, bias}`; further names of a module to `{same_as}` |
 | `in_parts` | name to class name of each module with several weights (`LSTM`) whose parts are in `modules` |
+| `folded` | name of each batch normalization that was folded, to the name of the layer that took it in |
 | `tensors` | stored name to `{dtype, shape, sha256}`; the digest is over the tensor's bytes, little-endian and row-major |
 | `aliases` | other name to stored name, for tensors that are shared (tied weights) |
 | `non_persistent` | names of buffers that `state_dict` leaves out |

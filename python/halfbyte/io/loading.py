@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from halfbyte.errors import FileFormatError, QuantizationError
+from halfbyte.fusion import FUSED_TYPES, fold_structure
 from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
-from halfbyte.nn import HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn import FoldedBatchNorm, HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
 from halfbyte.parts import is_in_parts, take_apart
 from halfbyte.swap import in_parts, interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
@@ -65,6 +66,7 @@ def load_(skeleton: M, path: str | os.PathLike[str]) -> M:
                 manifest = _read_manifest(reader)
                 _check_in_parts(skeleton, manifest)
                 stack.enter_context(in_parts(skeleton, manifest.in_parts.keys()))
+                stack.enter_context(_folded_alike(skeleton, manifest))
                 _check_modules(skeleton, manifest)
                 slots = _slots_to_fill(skeleton, manifest)
                 _check_tensors(slots, manifest)
@@ -130,6 +132,33 @@ def _check_in_parts(skeleton: nn.Module, manifest: Manifest) -> None:
             raise FileFormatError(
                 f"the model {found} where the file has the parts of a {kind}; build the model as it was built when it was saved"
             )
+
+
+@contextmanager
+def _folded_alike(skeleton: nn.Module, manifest: Manifest) -> Iterator[None]:
+    """Takes out the batch normalizations that the file has folded; puts them back if the block fails.
+
+    Raises:
+        FileFormatError: the skeleton has no such normalization after no such layer.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        for name, layer in manifest.folded.items():
+            modules = dict(skeleton.named_modules(remove_duplicate=False))  # aliases of one that is folded are, too
+            norm = modules.get(name)
+            if isinstance(norm, FoldedBatchNorm):
+                continue
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not isinstance(modules.get(layer), FUSED_TYPES):
+                raise FileFormatError(
+                    f"the file has {name!r} as a batch normalization that was folded into {layer!r}, the model has a "
+                    f"{type(norm).__name__} there; build the model as it was built before it was fused"
+                )
+            undo.append(fold_structure(skeleton, layer, name))
+        yield
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
 
 
 def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:

@@ -173,6 +173,7 @@ class Manifest:
         same_modules: Further names of those, to the name in `modules`.
         in_parts: Names of modules that stand for one with several weights, whose parts are modules of their own, to the class
             name of that one.
+        folded: Names of batch normalizations that were folded, to the layer that took them in.
         tensors: Stored tensors by name.
         aliases: Further names of stored tensors.
         non_persistent: Names (stored or aliases) of buffers that `state_dict` leaves out.
@@ -182,6 +183,7 @@ class Manifest:
     modules: Mapping[str, ModuleEntry]
     same_modules: Mapping[str, str] = field(default_factory=dict)
     in_parts: Mapping[str, str] = field(default_factory=dict)
+    folded: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, TensorEntry]
     aliases: Mapping[str, str]
     non_persistent: frozenset[str]
@@ -200,6 +202,7 @@ class Manifest:
             "halfbyte_version": self.halfbyte_version,
             "modules": modules,
             "in_parts": dict(self.in_parts),
+            "folded": dict(self.folded),
             "tensors": {
                 name: {"dtype": t.dtype, "shape": list(t.shape), "sha256": t.sha256} for name, t in self.tensors.items()
             },
@@ -238,6 +241,7 @@ class Manifest:
                 "format_version": 1,
                 "modules": dict(modules),
                 "in_parts": dict(in_parts),
+                "folded": dict(folded),
                 "tensors": dict(tensors),
                 "aliases": dict(aliases),
                 "non_persistent": list(non_persistent),
@@ -260,6 +264,7 @@ class Manifest:
             modules=entries,
             same_modules=same,
             in_parts=in_parts,
+            folded=folded,
             tensors=stored,
             aliases=aliases,
             non_persistent=frozenset(non_persistent),

@@ -13,6 +13,7 @@ from halfbyte.errors import QuantizationError
 from halfbyte.io.container import write_file
 from halfbyte.io.manifest import DTYPES, METADATA_KEY, Manifest, ModuleEntry, TensorEntry, dtype_name
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
+from halfbyte.nn import FoldedBatchNorm
 from halfbyte.parts import is_in_parts, type_before
 from halfbyte.targets import is_converted
 from halfbyte.workflow import is_prepared
@@ -53,6 +54,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         modules=modules,
         same_modules=same_modules,
         in_parts={name: type_before(m) for name, m in model.named_modules() if is_in_parts(m)},
+        folded={
+            name: m.into for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FoldedBatchNorm)
+        },
         tensors={name: TensorEntry(dtype_name(t.dtype), tuple(t.shape), sha256(t)) for name, t in stored.items()},
         aliases=aliases,
         non_persistent=frozenset(name for name, slot in slots.items() if not slot.persistent),

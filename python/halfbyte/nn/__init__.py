@@ -8,6 +8,7 @@ from halfbyte.nn.as_layers import as_embedding, as_linear
 from halfbyte.nn.attention import QuantizedMultiheadAttention
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
 from halfbyte.nn.embedding_bag import QuantizedEmbeddingBag
+from halfbyte.nn.folded import FoldedBatchNorm
 from halfbyte.nn.linear import HalfLinear, QuantizedLinear
 from halfbyte.nn.packed_weight import PackedWeight, WeightCodes
 from halfbyte.nn.quantized_module import QuantizedModule
@@ -21,6 +22,7 @@ from halfbyte.nn.recurrent import (
 )
 
 __all__ = [
+    "FoldedBatchNorm",
     "HalfEmbedding",
     "HalfLinear",
     "PackedWeight",
