@@ -147,7 +147,7 @@ class Tied(Case):
     ("case", "reason"),
     [
         (FedElsewhere, "the output of conv is also read by"),
-        (ReadInPlace, "the output of conv is also read by __setitem__"),
+        (ReadInPlace, "the output of conv is changed in place"),
         (Returned, "the output of conv is also read by output"),
         (SharedNorm, "it is shared: it runs 2 times"),
         (SharedConv, "conv is shared: it runs 2 times"),

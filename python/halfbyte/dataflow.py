@@ -66,6 +66,10 @@ class Dataflow:
         """The call that gave a value; None for what the run was given, and for parameters."""
         return next((call for call in self.calls if value in call.outputs), None)
 
+    def before_change(self, value: Value) -> Call | None:
+        """The call that gave the tensor whose numbers were changed in place since, through a view or by index."""
+        return next((call for call in self.calls if value[0] in {identity for identity, _ in call.outputs}), None)
+
     def readers(self, value: Value) -> list[Call]:
         """The calls that read a value, the model's return included."""
         return [call for call in self.calls if value in call.inputs]

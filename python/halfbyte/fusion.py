@@ -183,7 +183,12 @@ class _Search:
             return "the example does not reach it" if not calls else f"it is shared: it runs {len(calls)} times"
         source = self.flow.producer(calls[0].inputs[0])
         if source is None:
-            return "it reads an input of the model"
+            before = self.flow.before_change(calls[0].inputs[0])
+            return (
+                "it reads an input of the model"
+                if before is None
+                else f"the output of {before.name} is changed in place"
+            )
         layer = modules.get(source.module) if source.module else None
         if not isinstance(layer, FUSED_TYPES):
             return f"it follows {source.name}, which has no weights to fold it into"
