@@ -19,7 +19,7 @@ constexpr MatmulKernels matmul_kernels() {
   constexpr int64_t rows_per_tile = kTileRows;
 #endif
   return {quantize_rows_dynamic, quantize_rows_static, pad_rows,    int8,
-          matmul_float,          Scratch::bytes,       kTilePanels, rows_per_tile};
+          matmul_float,          Scratch::bytes,       kTilePanels, rows_per_tile, kFloatTileRows};
 }
 
 }  // namespace

@@ -84,46 +84,61 @@ HALFBYTE_INLINE void dot_units(const PanelCodes& codes, int64_t offset, const in
 
 inline bool is_binary(const TiledWeight& w) { return w.shape.bits == 1 && w.zero_point == nullptr; }
 
-// What t (matmul.h) takes off m * dot for the rows and panels of a tile: z*sum(a) + za*(m*sum(u) - n*z).
-template <int Rows, int Panels>
-HALFBYTE_INLINE void load_offsets(const Int8Tile& t, int64_t row, const Segment& segment,
-                                  I32x16 (&offsets)[Rows][Panels]) {
+// Weights without zero points, activations without one: what t (matmul.h) takes off m * dot depends on the row alone.
+inline bool is_symmetric(const Int8Tile& t) { return t.w.zero_point == nullptr && !t.corrected; }
+
+HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment& segment) {
+  const int32_t center = is_binary(t.w) ? 1 : 1 << (t.w.shape.bits - 1);
+  return center * t.x.chunk_sum[row * t.chunks + segment.chunk];
+}
+
+// What t takes off m * dot for any weights and activations: z*sum(a) + za*(m*sum(u) - n*z) into offsets[rows][panels][16].
+// Never inlined: it would cost the row tiles their registers.
+[[gnu::noinline]] void load_offsets(const Int8Tile& t, int64_t row, int64_t rows, int64_t panels,
+                                    const Segment& segment, int32_t* offsets) {
   const TileShape& shape = t.w.shape;
-  const int32_t* chunk_sum = t.x.chunk_sum + row * t.chunks + segment.chunk;
-  const int32_t center = is_binary(t.w) ? 1 : 1 << (shape.bits - 1);
-  if (t.w.zero_point == nullptr && !t.corrected) {
-    unroll<Rows>([&](auto r) {
-      const I32x16 offset = set_i32(center * chunk_sum[r * t.chunks]);
-      unroll<Panels>([&](auto p) { offsets[r][p] = offset; });
-    });
-    return;
-  }
   const int64_t in_group = (segment.chunk % chunks_per_group(shape)) * kMaxChunk;
   const int64_t group_inputs = std::min(shape.group_size, shape.in_features - segment.group * shape.group_size);
   const auto inputs = static_cast<int32_t>(std::clamp<int64_t>(group_inputs - in_group, 0, kMaxChunk));
-  unroll<Panels>([&](auto p) {
-    I32x16 zero = set_i32(center);
+  for (int64_t p = 0; p < panels; ++p) {
+    I32x16 zero = set_i32(is_binary(t.w) ? 1 : 1 << (shape.bits - 1));
     if (t.w.zero_point != nullptr) zero = load_zero_points(t.w, segment.group, t.panels.index[p]);
     I32x16 correction = set_i32(0);
     if (t.corrected) {
-      I32x16 sum = load_i32(t.scratch.column_sum + (segment.chunk * Panels + p) * kPanel);
+      I32x16 sum = load_i32(t.scratch.column_sum + (segment.chunk * panels + p) * kPanel);
       if (is_binary(t.w)) sum = add_i32(sum, sum);
       correction = mul_i32(set_i32(t.x.zero_point), sub_i32(sum, mul_i32(set_i32(inputs), zero)));
     }
-    unroll<Rows>([&](auto r) { offsets[r][p] = add_i32(mul_i32(zero, set_i32(chunk_sum[r * t.chunks])), correction); });
+    for (int64_t r = 0; r < rows; ++r) {
+      const I32x16 sum = set_i32(t.x.chunk_sum[(row + r) * t.chunks + segment.chunk]);
+      store_i32(offsets + (r * panels + p) * kPanel, add_i32(mul_i32(zero, sum), correction));
+    }
+  }
+}
+
+// dots = m * dots - offset
+template <int Rows, int Panels>
+HALFBYTE_INLINE void subtract_offsets(const Int8Tile& t, int64_t row, const Segment& segment,
+                                      I32x16 (&dots)[Rows][Panels]) {
+  int32_t offsets[Rows][Panels][kPanel];
+  load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
+  unroll<Rows>([&](auto r) {
+    unroll<Panels>([&](auto p) {
+      if (is_binary(t.w)) dots[r][p] = add_i32(dots[r][p], dots[r][p]);
+      dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p]));
+    });
   });
 }
 
-// The sums of a chunk begin at -offset, so that its end costs no subtraction; those of binary weights, which are
-// doubled there, at 0.
+// The sums of a symmetric chunk begin at -offset, so that its end costs no subtraction. Not so those of binary weights,
+// which are doubled there.
 template <int Rows, int Panels>
 HALFBYTE_INLINE void begin_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
-  if (is_binary(t.w)) {
-    unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = set_i32(0); }); });
-    return;
-  }
-  load_offsets<Rows, Panels>(t, row, segment, dots);
-  unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(set_i32(0), dots[r][p]); }); });
+  const bool symmetric = is_symmetric(t) && !is_binary(t.w);
+  unroll<Rows>([&](auto r) {
+    const I32x16 from = set_i32(symmetric ? -row_offset(t, row + r, segment) : 0);
+    unroll<Panels>([&](auto p) { dots[r][p] = from; });
+  });
 }
 
 // acc[row, panel] = fma(scale, float(t), acc), where `dots` holds t.
@@ -138,19 +153,6 @@ HALFBYTE_INLINE void fold_dots(const Int8Tile& t, int64_t row, const Segment& se
       store_f32(at, fma_f32(scale, to_float(dots[r][p]), load_f32(at)));
     });
   });
-}
-
-// For a chunk that is complete.
-template <int Rows, int Panels>
-HALFBYTE_INLINE void fold_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
-  if (is_binary(t.w)) {
-    I32x16 offsets[Rows][Panels];
-    load_offsets<Rows, Panels>(t, row, segment, offsets);
-    unroll<Rows>([&](auto r) {
-      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(add_i32(dots[r][p], dots[r][p]), offsets[r][p]); });
-    });
-  }
-  fold_dots<Rows, Panels>(t, row, segment, dots);
 }
 
 // One row tile over one block of inputs.
@@ -174,7 +176,8 @@ void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end,
     offset += units * unit_bytes(Bits);
     a += segment.inputs;
     if (segment.last) {
-      fold_chunk<Rows, Panels>(t, row, segment, dots);
+      if (!is_symmetric(t) || is_binary(t.w)) subtract_offsets<Rows, Panels>(t, row, segment, dots);
+      fold_dots<Rows, Panels>(t, row, segment, dots);
     } else {
       unroll<Rows>(
           [&](auto r) { unroll<Panels>([&](auto p) { store_i32(part + (r * Panels + p) * kPanel, dots[r][p]); }); });

@@ -81,15 +81,12 @@ TiledBlock tiled_block(const Int8Tile& t, Cursor cursor, int64_t k_end, int64_t 
 // acc = fma(scale, float(t), acc) for `Rows` rows whose chunk is complete; `sums` are two tiles, one for each panel.
 template <int Rows>
 HALFBYTE_INLINE void fold_sums(const Int8Tile& t, int64_t row, const Segment& segment, const int32_t* sums) {
-  I32x16 dots[Rows][kPair], offsets[Rows][kPair];
-  load_offsets<Rows, kPair>(t, row, segment, offsets);
+  I32x16 dots[Rows][kPair];
   unroll<Rows>([&](auto r) {
-    unroll<kPair>([&](auto p) {
-      I32x16 dot = load_i32(sums + p * kTileSums + r * kPanel);
-      if (is_binary(t.w)) dot = add_i32(dot, dot);
-      dots[r][p] = sub_i32(dot, offsets[r][p]);
-    });
+    const I32x16 offset = set_i32(is_symmetric(t) && !is_binary(t.w) ? row_offset(t, row + r, segment) : 0);
+    unroll<kPair>([&](auto p) { dots[r][p] = sub_i32(load_i32(sums + p * kTileSums + r * kPanel), offset); });
   });
+  if (!is_symmetric(t) || is_binary(t.w)) subtract_offsets<Rows, kPair>(t, row, segment, dots);
   fold_dots<Rows, kPair>(t, row, segment, dots);
 }
 
