@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(line)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512vnni"])
+@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512vnni", "amx"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every ISA level of this CPU, and restores the one that was active."""
     if request.param not in available_capabilities():

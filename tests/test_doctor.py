@@ -79,10 +79,11 @@ def test_each_problem_is_named_with_a_fix(
 
 
 def test_missing_level_is_explained(healthy: hb.Doctor) -> None:
-    levels = ("scalar", "avx2", "avx512vnni")
+    levels = ("scalar", "avx2", "avx512vnni", "amx")
     found = dataclasses.replace(healthy, levels=levels, cpu_flags=frozenset({"avx2", "fma", "f16c", "avx512f"}))
     assert found.why_missing("avx2") == ""
     assert found.why_missing("avx512vnni").endswith("avx512cd, avx512bw, avx512dq, avx512vl, avx512_vnni")
+    assert found.why_missing("amx").endswith("avx512_vnni, amx_tile, amx_int8")
     blocked = dataclasses.replace(found, available=("scalar",), active="scalar")
     assert "hypervisor" in blocked.why_missing("avx2")
 
@@ -131,6 +132,7 @@ def test_kernel_info_says_what_runs_for_each_module() -> None:
         "head": ("tiles", "16 x 4"),
     }
     assert all(m.level == hb.cpu_capability() for m in info.values())
+    assert [name for name, m in info.items() if m.register_tile] == ["up", "head"]
 
 
 def test_kernel_info_counts_shared_bytes_once() -> None:
@@ -149,6 +151,11 @@ def test_kernel_info_follows_the_level(level: str) -> None:
     (info,) = hb.kernel_info(model[0]).modules
     assert (info.name, info.level) == ("", level)
     assert info.kernel == f"matmul u8 s8 ({level})"
+    tiles = {"scalar": "2 x 16", "avx2": "4 x 16", "avxvnni": "6 x 16", "avx512vnni": "6 x 64", "amx": "32 x 64"}
+    assert info.register_tile == tiles[level]
+    weight_only = nn.Sequential(nn.Linear(16, 16))
+    hb.quantize_(weight_only, hb.int8_weight_only(), progress=False)
+    assert hb.kernel_info(weight_only).modules[0].register_tile.split(" x ")[0] == "6"
 
 
 def test_kernel_info_names_torch_for_sixteen_bit_floats() -> None:

@@ -223,6 +223,19 @@ int main() {
         }
       }
       check_case({.shape = shape(20, 64, 64), .rows = 247, .zero_points = zero_points});
+      // Many rows: tiles of 16 (also one that begins inside another), groups around whole ones and around blocks.
+      for (int64_t group : {32, 70, 128, 449}) {
+        for (int64_t groups : {1, 4}) {
+          const int64_t rows = 24 + 13 * groups + group % 3;
+          check_case({.shape = shape(37, group * groups, group), .rows = rows, .zero_points = zero_points});
+          check_case({.shape = shape(50, group * groups, group),
+                      .rows = rows + 9,
+                      .zero_points = zero_points,
+                      .bias = true,
+                      .act_zero_point = 5,
+                      .static_scale = true});
+        }
+      }
       // Inputs around units and blocks, groups that do not fill a unit, a last group that is short.
       for (int64_t in : {1, 3, 4, 31, 33, 127, 130, 513, 2100}) {
         for (int64_t group : {in, int64_t{4}, int64_t{7}, int64_t{32}, int64_t{128}}) {
@@ -261,6 +274,7 @@ int main() {
         check_case({.shape = shape(3, in, in), .rows = 5, .zero_points = zero_points, .values = Values::kLargest});
       }
     }
+    check_case({.shape = shape(3, kMaxChunk + 40, kMaxChunk + 40), .rows = 25, .values = Values::kLargest});
     check_case({.shape = shape(5, 0, 1), .rows = 2, .bias = true});
   }
   // Rows with infinities, NaN and zeros.

@@ -24,6 +24,7 @@ _LEVEL_FLAGS: Mapping[str, tuple[str, ...]] = {
     "avx2": ("avx2", "fma", "f16c"),
     "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),
     "avx512vnni": ("fma", "f16c", *_AVX512),
+    "amx": ("fma", "f16c", *_AVX512, "amx_tile", "amx_int8"),
 }
 
 

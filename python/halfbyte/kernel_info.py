@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from halfbyte import _C
 from halfbyte._extension import cpu_capability
 from halfbyte.errors import QuantizationError
 from halfbyte.nn import QuantizedEmbedding, QuantizedModule
@@ -27,6 +28,7 @@ class ModuleKernel:
         level: ISA level that is active now, or `torch`.
         layout: Layout of the codes: `tiles`, `rows`, or empty for floats.
         tile: What the kernel reads at a time: outputs x inputs of one unit of the tiles layout, or a row.
+        register_tile: What it computes at a time with many tokens: tokens x outputs; empty where nothing is multiplied here.
         bytes: Codes, scales and zero points (or the 16-bit weight); 0 where an earlier module holds the same tensors.
     """
 
@@ -36,6 +38,7 @@ class ModuleKernel:
     level: str
     layout: str
     tile: str
+    register_tile: str
     bytes: int
 
     def to_dict(self) -> dict[str, object]:
@@ -58,15 +61,15 @@ class KernelInfo:
         return {"modules": [module.to_dict() for module in self.modules]}
 
     def _table(self) -> Table:
-        table = Table(["module", "operator", "kernel", "level", "layout", "tile", "bytes"], right={6})
+        table = Table(["module", "operator", "kernel", "level", "layout", "tile", "registers", "bytes"], right={7})
 
         def shown(m: ModuleKernel) -> tuple[str, ...]:
-            return m.operator, m.kernel, m.level, m.layout, m.tile, "" if m.bytes else "shared"
+            return m.operator, m.kernel, m.level, m.layout, m.tile, m.register_tile, "" if m.bytes else "shared"
 
         for label, modules in fold_by_name(self.modules, lambda m: m.name, shown):
             *cells, shared = shown(modules[0])
             table.add(label or "(module)", *cells, shared or format_bytes(sum(m.bytes for m in modules)))
-        table.total("total", "", "", "", "", "", format_bytes(sum(m.bytes for m in self.modules)))
+        table.total("total", "", "", "", "", "", "", format_bytes(sum(m.bytes for m in self.modules)))
         return table
 
     def __str__(self) -> str:
@@ -112,7 +115,14 @@ def _entry(name: str, module: nn.Module, seen: set[int]) -> ModuleKernel:
         size = 0 if id(weight) in seen else weight.nbytes
         seen.add(id(weight))
         return ModuleKernel(
-            name=name, operator=f"torch {kind}", kernel=f"{kind} {dtype}", level="torch", layout="", tile="", bytes=size
+            name=name,
+            operator=f"torch {kind}",
+            kernel=f"{kind} {dtype}",
+            level="torch",
+            layout="",
+            tile="",
+            register_tile="",
+            bytes=size,
         )
     tensors = [t for t in module.packed_weight.tensors().values() if t is not None]
     size = sum(t.nbytes for t in tensors if id(t) not in seen)
@@ -131,5 +141,12 @@ def _entry(name: str, module: nn.Module, seen: set[int]) -> ModuleKernel:
         level=cpu_capability(),
         layout=module.layout,
         tile=tile,
+        register_tile=_register_tile(operator),
         bytes=size,
     )
+
+
+def _register_tile(operator: str) -> str:
+    int8_rows, float_rows, outputs = _C.matmul_tile()
+    rows = {"linear_int8": int8_rows, "linear_weight_only": float_rows}.get(operator)
+    return "" if rows is None else f"{rows} x {outputs}"

@@ -1,5 +1,5 @@
 // One table of kernels per ISA level; the best one this CPU supports is chosen once, at import.
-// HALFBYTE_CPU_CAPABILITY=scalar|avx2|avxvnni|avx512vnni forces one; an unknown or unsupported name is an error there.
+// HALFBYTE_CPU_CAPABILITY=scalar|avx2|avxvnni|avx512vnni|amx forces one; an unknown or unsupported name is an error there.
 #pragma once
 #include <string>
 #include <vector>
@@ -35,6 +35,10 @@ namespace avxvnni {
 extern const KernelTable kernel_table;
 }
 namespace avx512vnni {
+extern const KernelTable kernel_table;
+}
+
+namespace amx {
 extern const KernelTable kernel_table;
 }
 

@@ -71,6 +71,7 @@ struct MatmulKernels {
   int64_t (*scratch_bytes)(const TileShape& shape);
   int64_t panels_per_tile;  // panels one inner tile spans: split work in multiples of it
   int64_t rows_per_tile;    // and of rows, where rows are split
+  int64_t float_rows_per_tile;  // rows of the inner tile of matmul_float
 };
 
 }  // namespace halfbyte

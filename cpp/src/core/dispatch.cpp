@@ -4,8 +4,42 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace halfbyte {
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+// Tiles of int8, and the kernel's permission to use them, which a process asks for once. Refused (an old kernel, a
+// sandbox, a signal stack that is too small for the tiles) means that there are none.
+bool has_amx_int8() {
+#if defined(__linux__)
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;  // CPUID leaf 7, EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = [] {
+    unsigned eax, ebx, ecx, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & (kAmxTile | kAmxInt8)) != 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Level {
   const KernelTable* table;
@@ -23,13 +57,8 @@ const Level kLevels[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
               __builtin_cpu_supports("avxvnni");
      }},
-    {&avx512vnni::kernel_table,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+    {&avx512vnni::kernel_table, has_avx512vnni},
+    {&amx::kernel_table, [] { return has_avx512vnni() && has_amx_int8(); }},
 #endif
 };
 

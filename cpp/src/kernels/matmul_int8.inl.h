@@ -17,6 +17,17 @@ struct Int8Tile {
   TilePanels panels;
   PanelCodes codes;  // of the block, from the input where the walk starts
   bool corrected;    // x has a zero point: scratch.column_sum is filled in
+  int64_t chunks;    // of a row of x.chunk_sum
+
+  Int8Tile(const TiledWeight& w_, const QuantizedRows& x_, void* memory, int64_t row, const TilePanels& panels_)
+      : w(w_),
+        x(x_),
+        scratch(memory),
+        row_begin(row),
+        panels(panels_),
+        codes(),
+        corrected(x_.zero_point != 0),
+        chunks(w_.shape.groups() * chunks_per_group(w_.shape)) {}
 };
 
 // What a row tile asks memory for while it computes: `count` streams of packed codes, `step` bytes of each per quad.
@@ -71,46 +82,75 @@ HALFBYTE_INLINE void dot_units(const PanelCodes& codes, int64_t offset, const in
   });
 }
 
-// acc[row, panel] = fma(scale, float(t), acc) for a chunk that is complete.
-template <int Rows, int Panels>
-HALFBYTE_INLINE void fold_chunk(const Int8Tile& t, int64_t row, const Segment& segment,
-                                const I32x16 (&dots)[Rows][Panels]) {
+inline bool is_binary(const TiledWeight& w) { return w.shape.bits == 1 && w.zero_point == nullptr; }
+
+// Weights without zero points, activations without one: what t (matmul.h) takes off m * dot depends on the row alone.
+inline bool is_symmetric(const Int8Tile& t) { return t.w.zero_point == nullptr && !t.corrected; }
+
+HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment& segment) {
+  const int32_t center = is_binary(t.w) ? 1 : 1 << (t.w.shape.bits - 1);
+  return center * t.x.chunk_sum[row * t.chunks + segment.chunk];
+}
+
+// What t takes off m * dot for any weights and activations: z*sum(a) + za*(m*sum(u) - n*z) into offsets[rows][panels][16].
+// Never inlined: it would cost the row tiles their registers.
+[[gnu::noinline]] void load_offsets(const Int8Tile& t, int64_t row, int64_t rows, int64_t panels,
+                                    const Segment& segment, int32_t* offsets) {
   const TileShape& shape = t.w.shape;
-  const bool binary = shape.bits == 1 && t.w.zero_point == nullptr;
-  const int64_t sums = shape.groups() * chunks_per_group(shape);
-  const int32_t* chunk_sum = t.x.chunk_sum + row * sums + segment.chunk;
-  float* acc = t.scratch.acc + (row - t.row_begin) * Panels * kPanel;
-  F32x16 scales[Panels];
-  unroll<Panels>([&](auto p) { scales[p] = load_scales(t.w, segment.group, t.panels.index[p]); });
-  const int32_t center = binary ? 1 : 1 << (shape.bits - 1);
-  if (t.w.zero_point == nullptr && !t.corrected) {
-    unroll<Rows>([&](auto r) {
-      const I32x16 offset = set_i32(center * chunk_sum[r * sums]);
-      unroll<Panels>([&](auto p) {
-        const I32x16 dot = binary ? add_i32(dots[r][p], dots[r][p]) : dots[r][p];
-        float* at = acc + (r * Panels + p) * kPanel;
-        store_f32(at, fma_f32(scales[p], to_float(sub_i32(dot, offset)), load_f32(at)));
-      });
-    });
-    return;
-  }
   const int64_t in_group = (segment.chunk % chunks_per_group(shape)) * kMaxChunk;
   const int64_t group_inputs = std::min(shape.group_size, shape.in_features - segment.group * shape.group_size);
   const auto inputs = static_cast<int32_t>(std::clamp<int64_t>(group_inputs - in_group, 0, kMaxChunk));
-  unroll<Panels>([&](auto p) {
-    I32x16 zero = set_i32(center);
+  for (int64_t p = 0; p < panels; ++p) {
+    I32x16 zero = set_i32(is_binary(t.w) ? 1 : 1 << (shape.bits - 1));
     if (t.w.zero_point != nullptr) zero = load_zero_points(t.w, segment.group, t.panels.index[p]);
     I32x16 correction = set_i32(0);
     if (t.corrected) {
-      I32x16 sum = load_i32(t.scratch.column_sum + (segment.chunk * Panels + p) * kPanel);
-      if (binary) sum = add_i32(sum, sum);
+      I32x16 sum = load_i32(t.scratch.column_sum + (segment.chunk * panels + p) * kPanel);
+      if (is_binary(t.w)) sum = add_i32(sum, sum);
       correction = mul_i32(set_i32(t.x.zero_point), sub_i32(sum, mul_i32(set_i32(inputs), zero)));
     }
+    for (int64_t r = 0; r < rows; ++r) {
+      const I32x16 sum = set_i32(t.x.chunk_sum[(row + r) * t.chunks + segment.chunk]);
+      store_i32(offsets + (r * panels + p) * kPanel, add_i32(mul_i32(zero, sum), correction));
+    }
+  }
+}
+
+// dots = m * dots - offset
+template <int Rows, int Panels>
+HALFBYTE_INLINE void subtract_offsets(const Int8Tile& t, int64_t row, const Segment& segment,
+                                      I32x16 (&dots)[Rows][Panels]) {
+  int32_t offsets[Rows][Panels][kPanel];
+  load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
+  unroll<Rows>([&](auto r) {
+    unroll<Panels>([&](auto p) {
+      if (is_binary(t.w)) dots[r][p] = add_i32(dots[r][p], dots[r][p]);
+      dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p]));
+    });
+  });
+}
+
+// The sums of a symmetric chunk begin at -offset, so that its end costs no subtraction. Not so those of binary weights,
+// which are doubled there.
+template <int Rows, int Panels>
+HALFBYTE_INLINE void begin_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
+  const bool symmetric = is_symmetric(t) && !is_binary(t.w);
+  unroll<Rows>([&](auto r) {
+    const I32x16 from = set_i32(symmetric ? -row_offset(t, row + r, segment) : 0);
+    unroll<Panels>([&](auto p) { dots[r][p] = from; });
+  });
+}
+
+// acc[row, panel] = fma(scale, float(t), acc), where `dots` holds t.
+template <int Rows, int Panels>
+HALFBYTE_INLINE void fold_dots(const Int8Tile& t, int64_t row, const Segment& segment,
+                               const I32x16 (&dots)[Rows][Panels]) {
+  float* acc = t.scratch.acc + (row - t.row_begin) * Panels * kPanel;
+  unroll<Panels>([&](auto p) {
+    const F32x16 scale = load_scales(t.w, segment.group, t.panels.index[p]);
     unroll<Rows>([&](auto r) {
-      I32x16 dot = binary ? add_i32(dots[r][p], dots[r][p]) : dots[r][p];
-      dot = sub_i32(sub_i32(dot, mul_i32(zero, set_i32(chunk_sum[r * sums]))), correction);
       float* at = acc + (r * Panels + p) * kPanel;
-      store_f32(at, fma_f32(scales[p], to_float(dot), load_f32(at)));
+      store_f32(at, fma_f32(scale, to_float(dots[r][p]), load_f32(at)));
     });
   });
 }
@@ -125,16 +165,19 @@ void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end,
   while (cursor.k < k_end) {
     const Segment segment = cursor.next(k_end);
     I32x16 dots[Rows][Panels];
-    unroll<Rows>([&](auto r) {
-      unroll<Panels>(
-          [&](auto p) { dots[r][p] = segment.first ? set_i32(0) : load_i32(part + (r * Panels + p) * kPanel); });
-    });
+    if (segment.first) {
+      begin_chunk<Rows, Panels>(t, row, segment, dots);
+    } else {
+      unroll<Rows>(
+          [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = load_i32(part + (r * Panels + p) * kPanel); }); });
+    }
     const int64_t units = segment.inputs / k_unit(Bits);
     dot_units<Bits, Range>(t.codes, offset, a, a_stride, k_unit(Bits), units, ahead, dots);
     offset += units * unit_bytes(Bits);
     a += segment.inputs;
     if (segment.last) {
-      fold_chunk(t, row, segment, dots);
+      if (!is_symmetric(t) || is_binary(t.w)) subtract_offsets<Rows, Panels>(t, row, segment, dots);
+      fold_dots<Rows, Panels>(t, row, segment, dots);
     } else {
       unroll<Rows>(
           [&](auto r) { unroll<Panels>([&](auto p) { store_i32(part + (r * Panels + p) * kPanel, dots[r][p]); }); });
@@ -226,7 +269,7 @@ void int8_blocked(Int8Tile& t, int64_t rows) {
   }
 }
 
-void int8_tile(Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t ldy) {
+void int8_tile(Int8Tile& t, int64_t rows) {
   const TileShape& shape = t.w.shape;
   std::fill_n(t.scratch.acc, rows * kTilePanels * kPanel, 0.0f);
   with_bits(shape.bits, [&](auto bits) {
@@ -240,19 +283,25 @@ void int8_tile(Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t l
     }
     int8_blocked(t, rows);
   });
+}
+
+// y = s_i * acc + bias for the rows of a slab.
+template <int Panels>
+void store_int8_tile(const Int8Tile& t, int64_t rows, const float* bias, float* y, int64_t ldy) {
   const auto finish = [&](F32x16 acc, int64_t r, F32x16 b) {
     const F32x16 scale = set_f32(t.x.scale[t.row_begin + r]);
     return bias == nullptr ? mul_f32(scale, acc) : fma_f32(scale, acc, b);
   };
-  store_tile<kTilePanels>(shape, t.panels, t.scratch.acc, rows, bias, y + t.row_begin * ldy, ldy, finish);
+  store_tile<Panels>(t.w.shape, t.panels, t.scratch.acc, rows, bias, y + t.row_begin * ldy, ldy, finish);
 }
 
 void matmul_int8(const TiledWeight& w, const QuantizedRows& x, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                  int64_t panel_end, const float* bias, float* y, int64_t ldy, void* scratch) {
   run_slabs(row_begin, row_end, kSlabRows, [&](int64_t row, int64_t rows) {
     for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
-      Int8Tile t = {w, x, Scratch(scratch), row, TilePanels(panel, panel_end, kTilePanels), {}, x.zero_point != 0};
-      int8_tile(t, rows, bias, y, ldy);
+      Int8Tile t(w, x, scratch, row, TilePanels(panel, panel_end, kTilePanels));
+      int8_tile(t, rows);
+      store_int8_tile<kTilePanels>(t, rows, bias, y, ldy);
     }
   });
 }

@@ -6,7 +6,8 @@
 namespace halfbyte {
 namespace {
 
-const KernelTable* const kTables[] = {&scalar::kernel_table, &avxvnni::kernel_table, &avx512vnni::kernel_table};
+const KernelTable* const kTables[] = {&scalar::kernel_table, &avxvnni::kernel_table, &avx512vnni::kernel_table,
+                                      &amx::kernel_table};
 const KernelTable* active = &scalar::kernel_table;
 
 }  // namespace

@@ -44,7 +44,7 @@ def hessian_update_(tiles: Tensor, x: Tensor) -> None:
     """Adds the outer products of some tokens: a symmetric rank-k update, half the work of `H.addmm_(x.T, x)`.
 
     Products are summed in float32 over 4096 tokens at most and then in float64, so millions of tokens do not drift. The
-    result does not depend on the number of threads; the levels avx2, avxvnni and avx512vnni give equal bits, the scalar one
+    result does not depend on the number of threads; the levels from avx2 up give equal bits, the scalar one
     has no fused multiply-add and differs in the last bits.
 
     Args:
