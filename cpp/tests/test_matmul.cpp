@@ -39,7 +39,7 @@ struct Case {
   TileShape shape;
   int64_t rows;
   FloatType scale_type = FloatType::kFloat32;
-  bool zero_points = false, bias = false;
+  bool zero_points = false, bias = false, codebook = false;
   int act_zero_point = 0;
   bool static_scale = false;
   Values values = Values::kRandom;
@@ -48,8 +48,8 @@ struct Case {
 std::string name_of(const Case& c) {
   return "bits " + std::to_string(c.shape.bits) + ", O " + std::to_string(c.shape.out_features) + ", I " +
          std::to_string(c.shape.in_features) + ", group " + std::to_string(c.shape.group_size) + ", M " +
-         std::to_string(c.rows) + ", zero points " + std::to_string(c.zero_points) + ", act zero point " +
-         std::to_string(c.act_zero_point);
+         std::to_string(c.rows) + ", zero points " + std::to_string(c.zero_points) + ", codebook " +
+         std::to_string(c.codebook) + ", act zero point " + std::to_string(c.act_zero_point);
 }
 
 template <class T>
@@ -79,6 +79,8 @@ struct Problem {
     for (float& value : x) value = largest ? 1.0f : random_float();
     bias.resize(static_cast<size_t>(s.out_features));
     for (float& value : bias) value = random_float();
+    codebook.resize(static_cast<size_t>(kCodebookEntries));
+    for (float& value : codebook) value = random_float();
   }
   TiledWeight weight() const {
     const bool full = c.scale_type == FloatType::kFloat32;
@@ -86,12 +88,13 @@ struct Problem {
             .codes = codes.data(),
             .scale = full ? static_cast<const void*>(scale32.data()) : scale16.data(),
             .scale_type = c.scale_type,
-            .zero_point = c.zero_points ? zero.data() : nullptr};
+            .zero_point = c.zero_points ? zero.data() : nullptr,
+            .codebook = c.codebook ? codebook.data() : nullptr};
   }
 
   Case c;
   Buffer<uint8_t> codes, zero;
-  Buffer<float> scale32, x, bias;
+  Buffer<float> scale32, x, bias, codebook;
   Buffer<uint16_t> scale16;
 };
 
@@ -133,7 +136,7 @@ Result run(const MatmulKernels& kernel, const Problem& problem) {
   const int64_t middle = c.rows / 3, split = s.panels() / 2;
   for (const auto& [row, row_end] : {std::pair{int64_t{0}, middle}, std::pair{middle, c.rows}}) {
     for (const auto& [panel, panel_end] : {std::pair{int64_t{0}, split}, std::pair{split, s.panels()}}) {
-      kernel.matmul_int8(w, rows, row, row_end, panel, panel_end, bias, r.y_int8.data(), ldy, memory);
+      if (!c.codebook) kernel.matmul_int8(w, rows, row, row_end, panel, panel_end, bias, r.y_int8.data(), ldy, memory);
       kernel.matmul_float(w, r.padded.data(), r.group_sum.data(), row, row_end, panel, panel_end, bias,
                           r.y_float.data(), ldy, memory);
     }
@@ -190,8 +193,9 @@ void check_accuracy(const Case& c) {
       for (int64_t k = 0; k < s.in_features; ++k) {
         const int64_t g = k / s.group_size, at = g * s.out_features + o;
         const int z = c.zero_points ? problem.zero[static_cast<size_t>(at)] : binary ? 1 : 1 << (s.bits - 1);
-        const double w = (u[static_cast<size_t>(o * s.in_features + k)] * (binary ? 2 : 1) - z) *
-                         static_cast<double>(problem.scale32[static_cast<size_t>(at)]);
+        const uint8_t code = u[static_cast<size_t>(o * s.in_features + k)];
+        const double value = c.codebook ? static_cast<double>(problem.codebook[code]) : code * (binary ? 2 : 1) - z;
+        const double w = value * static_cast<double>(problem.scale32[static_cast<size_t>(at)]);
         const int a = r.codes[static_cast<size_t>(row * code_stride(s) + g * s.padded_group() + k % s.group_size)];
         const double x = problem.x[static_cast<size_t>(row * s.in_features + k)];
         exact += w * x;
@@ -199,8 +203,8 @@ void check_accuracy(const Case& c) {
         size += std::fabs(w * x);
       }
       const auto at = static_cast<size_t>(row * s.out_features + o);
-      CHECK(std::fabs(r.y_int8[at] - from_codes) <= 1e-6 * size + 1e-6, "%s: %g, not %g", name_of(c).c_str(),
-            static_cast<double>(r.y_int8[at]), from_codes);
+      CHECK(c.codebook || std::fabs(r.y_int8[at] - from_codes) <= 1e-6 * size + 1e-6, "%s: %g, not %g",
+            name_of(c).c_str(), static_cast<double>(r.y_int8[at]), from_codes);
       CHECK(std::fabs(r.y_float[at] - exact) <= 1e-5 * size + 1e-6, "%s: %g, not %g", name_of(c).c_str(),
             static_cast<double>(r.y_float[at]), exact);
     }
@@ -276,6 +280,20 @@ int main() {
     }
     check_case({.shape = shape(3, kMaxChunk + 40, kMaxChunk + 40), .rows = 25, .values = Values::kLargest});
     check_case({.shape = shape(5, 0, 1), .rows = 2, .bias = true});
+    if (bits > 4) continue;
+    check_accuracy({.shape = shape(18, 70, 32), .rows = 3, .codebook = true});
+    for (int64_t rows : {1, 2, 3, 4, 5, 7, 247}) {
+      for (int64_t out : {1, 33, 81}) {
+        check_case({.shape = shape(out, 96, 32), .rows = rows, .bias = rows % 2 == 0, .codebook = true});
+      }
+    }
+    for (int64_t in : {1, 31, 130, 2100}) {
+      for (int64_t group : {in, int64_t{7}, int64_t{64}}) {
+        if (group > in) continue;
+        check_case({.shape = shape(35, in, group), .rows = 1, .scale_type = FloatType::kFloat16, .codebook = true});
+        check_case({.shape = shape(35, in, group), .rows = 9, .codebook = true});
+      }
+    }
   }
   // Rows with infinities, NaN and zeros.
   for (const std::string& level : supported_levels()) {

@@ -2,7 +2,8 @@
 // step.
 //
 // Meaning of a weight: w[o, k] = scale[g, o] * (m * u[o, k] - z[g, o]), g = k / group_size; m = 1 and z = zero_point or
-// 2^(bits-1); for bits == 1 without zero points (binary) m = 2 and z = 1, so that w = +-scale.
+// 2^(bits-1); for bits == 1 without zero points (binary) m = 2 and z = 1, so that w = +-scale. With a codebook, for
+// float activations only, w[o, k] = scale[g, o] * codebook[u[o, k]].
 //
 // Order of the arithmetic (the same on every ISA level, for every number of rows and threads, so the bits are equal):
 //   int8 activations, x[i, k] = s_i * (a - za), groups in order, in each group chunks of kMaxChunk inputs in order:
@@ -14,6 +15,7 @@
 //     acc = fma(scale, p, acc)                              symmetric (z == c)
 //     acc = fma(scale, fma(c - z, sum_x, p), acc)           with zero points
 //     acc = fma(scale, fma(2, p, sum_x), acc)               binary: 2u - 1 = 2(u - c) + 1
+//     acc = fma(scale, p, acc)                              codebook, with p = fma(x_k, codebook[u], p)
 //     y = acc + bias  or  acc
 //     sum_x of a group: 16 partial sums, one for each k % 16 counted from the start of the group, each in order from 0;
 //     then lane l takes lane l + 8, l + 4, l + 2, l + 1
@@ -26,12 +28,15 @@ namespace halfbyte {
 
 constexpr int64_t kMaxChunk = 32768;  // 255 * 128 * 32768 < 2^31: int32 sums cannot overflow (a in [-128, 127])
 
+constexpr int64_t kCodebookEntries = 16;  // one for every 4-bit code; narrower codes use the first ones
+
 struct TiledWeight {
   TileShape shape;
   const uint8_t* codes;  // [panels, panel_bytes]
   const void* scale;     // [groups, out_features], scale_type
   FloatType scale_type;
-  const uint8_t* zero_point;  // [groups, out_features] or null
+  const uint8_t* zero_point;        // [groups, out_features] or null
+  const float* codebook = nullptr;  // [kCodebookEntries] or null; then bits <= 4 and there are no zero points
 };
 
 // Chunks of at most kMaxChunk inputs in one group.

@@ -1,8 +1,11 @@
-// y = x Wᵀ with float32 x: codes become floats (u - c), multiplied with inputs in order, folded once a group.
+// y = x Wᵀ with float32 x: codes become floats (u - c, or entries of a codebook), multiplied with inputs in order,
+// folded once a group.
 //
 // As in matmul_int8.inl.h, few rows convert the codes in registers and more rows share a converted block in the L1
 // cache.
 #pragma once
+#include <type_traits>
+
 #include "tile_walk.inl.h"
 
 namespace halfbyte {
@@ -17,8 +20,42 @@ struct FloatTile {
   TilePanels panels;
 };
 
+// What the codes of a quad stand for, before their scale: integers u - c ...
 template <int Bits>
-constexpr int kCenter = 1 << (Bits - 1);
+struct IntegerCodes {
+  static constexpr int kBits = Bits, kCenter = 1 << (Bits - 1);
+  template <int J>
+  HALFBYTE_INLINE F32x16 value(U8x64 quad) const {
+    return code_to_float<Bits, J, kCenter>(quad);
+  }
+};
+// ... or the entries of a codebook, which stays in registers.
+template <int Bits>
+struct CodebookCodes {
+  static constexpr int kBits = Bits;
+  CodeTable table;
+  template <int J>
+  HALFBYTE_INLINE F32x16 value(U8x64 quad) const {
+    return look_up<Bits, J>(table, quad);
+  }
+};
+
+// Calls f with the one that the weight has.
+template <class F>
+HALFBYTE_INLINE void with_codes(const TiledWeight& w, F&& f) {
+  if (w.codebook == nullptr) return with_bits(w.shape.bits, [&](auto bits) { f(IntegerCodes<bits>()); });
+  const CodeTable table = load_table(w.codebook);
+  switch (w.shape.bits) {
+    case 1:
+      return f(CodebookCodes<1>{table});
+    case 2:
+      return f(CodebookCodes<2>{table});
+    case 3:
+      return f(CodebookCodes<3>{table});
+    default:
+      return f(CodebookCodes<4>{table});
+  }
+}
 
 // Register tile of the blocked path: as the integer one, but without its operands for 16-bit products.
 constexpr int kFloatTileRows = 6;
@@ -28,7 +65,7 @@ template <int Rows, int Panels>
 HALFBYTE_INLINE void fold_group(const FloatTile& t, int64_t row, const Segment& segment,
                                 const F32x16 (&products)[Rows][Panels]) {
   const TileShape& shape = t.w.shape;
-  const bool binary = shape.bits == 1 && t.w.zero_point == nullptr;
+  const bool binary = shape.bits == 1 && t.w.zero_point == nullptr && t.w.codebook == nullptr;
   const int64_t groups = shape.groups();
   const float* group_sum = t.group_sum + row * groups + segment.group;
   float* acc = t.scratch.acc + (row - t.row_begin) * Panels * kPanel;
@@ -73,8 +110,9 @@ HALFBYTE_INLINE void float_row_tile(const FloatTile& t, int64_t row, Cursor curs
 }
 
 // The whole of K for up to direct_rows() rows, converting in registers.
-template <int Bits, int Rows, int Panels>
-void float_direct(const FloatTile& t) {
+template <class Codes, int Rows, int Panels>
+void float_direct(const FloatTile& t, const Codes& values) {
+  constexpr int Bits = Codes::kBits;
   const TileShape& shape = t.w.shape;
   const int64_t x_stride = float_stride(shape);
   const float* x = t.x + t.row_begin * x_stride;
@@ -89,7 +127,7 @@ void float_direct(const FloatTile& t) {
                                      unroll<Panels>([&](auto p) { quads[p] = quad_codes<Bits, q>(codes[p] + offset); });
                                      unroll<4>([&](auto j) {
                                        unroll<Panels>([&](auto p) {
-                                         const F32x16 w = code_to_float<Bits, j, kCenter<Bits>>(quads[p]);
+                                         const F32x16 w = values.template value<j>(quads[p]);
                                          unroll<Rows>([&](auto r) {
                                            products[r][p] =
                                                fma_f32(set_f32(x[r * x_stride + 4 * q + j]), w, products[r][p]);
@@ -103,16 +141,16 @@ void float_direct(const FloatTile& t) {
 }
 
 // A block of codes as floats: [input][panel][16].
-template <int Bits, int Panels>
-void convert_block(const PanelCodes& codes, int64_t units, float* block) {
+template <class Codes, int Panels>
+void convert_block(const Codes& values, const PanelCodes& codes, int64_t units, float* block) {
+  constexpr int Bits = Codes::kBits;
   int64_t offset = 0;
   for (int64_t unit = 0; unit < units; ++unit) {
     unroll<kQuadsPerUnit<Bits>>([&](auto q) {
       unroll<Panels>([&](auto p) {
         const U8x64 quad = quad_codes<Bits, q>(codes[p] + offset);
-        unroll<4>([&](auto j) {
-          store_f32(block + ((4 * q + j) * Panels + p) * kPanel, code_to_float<Bits, j, kCenter<Bits>>(quad));
-        });
+        unroll<4>(
+            [&](auto j) { store_f32(block + ((4 * q + j) * Panels + p) * kPanel, values.template value<j>(quad)); });
       });
     });
     offset += unit_bytes(Bits), block += k_unit(Bits) * Panels * kPanel;
@@ -149,9 +187,9 @@ void float_blocked(const FloatTile& t, int64_t rows) {
     const int64_t k_end = std::min(cursor.k + kBlock, shape.padded_in());
     PanelCodes codes;
     locate_codes(t.w, t.panels, kTilePanels, cursor.k, codes);
-    with_bits(shape.bits, [&](auto bits) {
-      convert_block<bits, kTilePanels>(codes, (k_end - cursor.k) / k_unit(bits),
-                                       reinterpret_cast<float*>(t.scratch.block));
+    with_codes(t.w, [&](const auto& values) {
+      convert_block<std::decay_t<decltype(values)>, kTilePanels>(values, codes, (k_end - cursor.k) / k_unit(shape.bits),
+                                                                 reinterpret_cast<float*>(t.scratch.block));
     });
     run_row_tiles(kTiles, rows, [&](RowTile run, int64_t r) { run(t, t.row_begin + r, cursor, k_end); });
     while (cursor.k < k_end) cursor.next(k_end);
@@ -167,14 +205,14 @@ void store_float_tile(const FloatTile& t, int64_t rows, const float* bias, float
 // Panels of a direct tile: enough chains of products to hide the latency of one, as long as registers last.
 constexpr int direct_panels(int rows) { return std::clamp(kDirectAccumulators / rows, 1, kMaxPanels); }
 
-template <int Bits, int Rows>
-void float_direct_tiles(FloatTile& t, int64_t panel_begin, int64_t panel_end, const float* bias, float* y,
-                        int64_t ldy) {
+template <class Codes, int Rows>
+void float_direct_tiles(FloatTile& t, const Codes& values, int64_t panel_begin, int64_t panel_end, const float* bias,
+                        float* y, int64_t ldy) {
   constexpr int kPanels = direct_panels(Rows);
   for (int64_t panel = panel_begin; panel < panel_end; panel += kPanels) {
     t.panels = TilePanels(panel, panel_end, kPanels);
     std::fill_n(t.scratch.acc, Rows * kPanels * kPanel, 0.0f);
-    float_direct<Bits, Rows, kPanels>(t);
+    float_direct<Codes, Rows, kPanels>(t, values);
     store_float_tile<kPanels>(t, Rows, bias, y, ldy);
   }
 }
@@ -183,14 +221,16 @@ void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, 
                   int64_t panel_begin, int64_t panel_end, const float* bias, float* y, int64_t ldy, void* scratch) {
   run_slabs(row_begin, row_end, kSlabRows, [&](int64_t row, int64_t rows) {
     FloatTile t = {w, x, group_sum, Scratch(scratch), row, TilePanels(panel_begin, panel_end, kTilePanels)};
-    with_bits(w.shape.bits, [&](auto bits) {
-      if constexpr (direct_rows(bits) > 0) {
-        if (rows <= direct_rows(bits)) {
+    with_codes(w, [&](const auto& values) {
+      using Codes = std::decay_t<decltype(values)>;
+      constexpr int kMostRows = direct_rows(Codes::kBits);
+      if constexpr (kMostRows > 0) {
+        if (rows <= kMostRows) {
           [&]<int... R>(std::integer_sequence<int, R...>) {
-            using Direct = void (*)(FloatTile&, int64_t, int64_t, const float*, float*, int64_t);
-            static constexpr Direct kDirect[] = {float_direct_tiles<bits, R + 1>...};
-            kDirect[rows - 1](t, panel_begin, panel_end, bias, y, ldy);
-          }(std::make_integer_sequence<int, direct_rows(bits)>{});
+            using Direct = void (*)(FloatTile&, const Codes&, int64_t, int64_t, const float*, float*, int64_t);
+            static constexpr Direct kDirect[] = {float_direct_tiles<Codes, R + 1>...};
+            kDirect[rows - 1](t, values, panel_begin, panel_end, bias, y, ldy);
+          }(std::make_integer_sequence<int, kMostRows>{});
           return;
         }
       }

@@ -114,6 +114,25 @@ HALFBYTE_INLINE F32x16 code_to_float(U8x64 codes) {
           _mm256_cvtepi32_ps(_mm256_sub_epi32(byte_of_lanes<J>(codes.hi), center))};
 }
 
+// vpermps looks at the low 3 bits of each lane: one look-up in each half of the table, and bit 3 of the code, moved to
+// the sign, picks between them.
+struct CodeTable {
+  __m256 low, high;
+};
+HALFBYTE_INLINE CodeTable load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+template <int Bits, int J>
+HALFBYTE_INLINE __m256 look_up(const CodeTable& table, __m256i codes) {
+  const __m256i index = J == 0 ? codes : _mm256_srli_epi32(codes, 8 * J);
+  const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
+  if constexpr (Bits <= 3) return low;
+  const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 8 * J)));
+}
+template <int Bits, int J>
+HALFBYTE_INLINE F32x16 look_up(const CodeTable& table, U8x64 codes) {
+  return {look_up<Bits, J>(table, codes.lo), look_up<Bits, J>(table, codes.hi)};
+}
+
 HALFBYTE_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

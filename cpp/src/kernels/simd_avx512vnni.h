@@ -100,6 +100,13 @@ HALFBYTE_INLINE F32x16 code_to_float(U8x64 codes) {
   }
 }
 
+using CodeTable = __m512;
+HALFBYTE_INLINE CodeTable load_table(const float* p) { return _mm512_loadu_ps(p); }
+template <int Bits, int J>
+HALFBYTE_INLINE F32x16 look_up(CodeTable table, U8x64 codes) {
+  return _mm512_permutexvar_ps(J == 0 ? codes : _mm512_srli_epi32(codes, 8 * J), table);
+}
+
 HALFBYTE_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

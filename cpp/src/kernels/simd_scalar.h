@@ -8,6 +8,7 @@
 //   kDirectAccumulators      rows x panels of a float tile that converts codes in registers (1, 2 or 4 panels)
 //   kSplitBelow       tiles with fewer accumulators than this get a second set, to hide the latency of dot()
 //   direct_rows(bits) up to this many rows, codes are unpacked in registers instead of into a block
+//   CodeTable         sixteen floats that look_up picks from by 4-bit codes
 //   load_*, store_*, set_*, add_*, fma, dot, shift_and, code_to_float<Bits, J>, ... as below
 //
 // Every function gives the same bits on every level. Integers wrap.
@@ -180,6 +181,20 @@ HALFBYTE_INLINE I32x16 dot(I32x16 acc, const U8x64& w, const DotQuad<Bits>& a) {
 template <int Bits, int J, int Center>
 HALFBYTE_INLINE F32x16 code_to_float(U8x64 codes) {
   return map_f32([&](int i) { return static_cast<float>(codes.v[4 * i + J] - Center); });
+}
+
+// table[code] of input J of a quad, for every output; codes are below 2^Bits, Bits <= 4.
+struct CodeTable {
+  float v[16];
+};
+HALFBYTE_INLINE CodeTable load_table(const float* p) {
+  CodeTable table;
+  std::memcpy(table.v, p, sizeof(table.v));
+  return table;
+}
+template <int Bits, int J>
+HALFBYTE_INLINE F32x16 look_up(const CodeTable& table, U8x64 codes) {
+  return map_f32([&](int i) { return table.v[codes.v[4 * i + J]]; });
 }
 
 HALFBYTE_INLINE void prefetch(const void*) {}

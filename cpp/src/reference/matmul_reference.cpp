@@ -35,7 +35,7 @@ class Weight {
       : w_(w), codes_(static_cast<size_t>(w.shape.out_features * w.shape.in_features)) {
     unpack_tiles(w.codes, w.shape, 0, w.shape.panels(), codes_.data());
   }
-  bool binary() const { return w_.shape.bits == 1 && w_.zero_point == nullptr; }
+  bool binary() const { return w_.shape.bits == 1 && w_.zero_point == nullptr && w_.codebook == nullptr; }
   int32_t code(int64_t o, int64_t k) const { return codes_[static_cast<size_t>(o * w_.shape.in_features + k)]; }
   int32_t multiplier() const { return binary() ? 2 : 1; }
   int32_t zero(int64_t g, int64_t o) const {
@@ -154,6 +154,9 @@ void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, 
   const Weight weight(w);
   const TileShape& shape = w.shape;
   const int32_t center = 1 << (shape.bits - 1);
+  const auto value = [&](int32_t code) {
+    return w.codebook == nullptr ? static_cast<float>(code - center) : w.codebook[code];
+  };
   for_each_output(shape, row_begin, row_end, panel_begin, panel_end, [&](int64_t row, int64_t o) {
     float acc = 0.0f;
     for (int64_t g = 0; g < shape.groups(); ++g) {
@@ -161,7 +164,7 @@ void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, 
       const float sum_x = group_sum[row * shape.groups() + g];
       float p = 0.0f;
       for (int64_t i = 0; i < group_inputs(shape, g); ++i) {
-        p = std::fma(from[i], static_cast<float>(weight.code(o, g * shape.group_size + i) - center), p);
+        p = std::fma(from[i], value(weight.code(o, g * shape.group_size + i)), p);
       }
       if (w.zero_point != nullptr) p = std::fma(static_cast<float>(center - weight.zero(g, o)), sum_x, p);
       if (weight.binary()) p = std::fma(2.0f, p, sum_x);
