@@ -117,6 +117,23 @@ def ours(name: str, weight: Tensor, bits: int, group_size: int | None, int8: boo
     return Contender(name, size, calls, w_hat, round_rows if int8 else Tensor.double)
 
 
+def nf4(name: str, weight: Tensor, group_size: int, cold: bool) -> Contender:
+    """The weight-only operator on NF4 codes."""
+    weight_format = hb.CodebookFormat(hb.formats.NF4_VALUES, hb.PerGroup(group_size), torch.float16)
+    rounded = hb.RTN().round(weight, weight_format, None)
+    packer = hb.nn.packed_weight.WeightPacker(weight_format, "tiles", (weight.shape[0], weight.shape[1]))
+    packer.add(rounded)
+    packed = packer.packed()
+    size = packed.qweight.numel() + packed.scale.numel() * 2
+    options = {"bits": 4, "out_features": weight.shape[0], "group_size": group_size, "codebook": packed.codebook}
+
+    def call(codes: Tensor, scales: Tensor) -> Call:
+        return lambda x: hb.ops.linear_weight_only(x, codes, scales, **options)  # type: ignore[arg-type]
+
+    calls = [call(packed.qweight.clone(), packed.scale.clone()) for _ in range(copies(size, cold))]
+    return Contender(name, size, calls, rounded.dequantize(group_size).double())
+
+
 def peer(name: str, weight: Tensor, dtype: torch.dtype, cold: bool) -> Contender:
     """PyTorch's own layer in a float type, on inputs of that type."""
     size = weight.numel() * dtype.itemsize
@@ -139,6 +156,7 @@ def contenders(weight: Tensor, cold: bool) -> Iterator[Contender]:
     yield ours("int4 g128 x int8", weight, 4, GROUP, True, cold)
     yield ours("int8 weight-only", weight, 8, None, False, cold)
     yield ours("int4 g128 weight-only", weight, 4, GROUP, False, cold)
+    yield nf4("nf4 g128 weight-only", weight, GROUP, cold)
     yield ours("int2 g128 weight-only", weight, 2, GROUP, False, cold)
 
 
@@ -173,11 +191,14 @@ def time_turns(calls: list[list[Callable[[], object]]], budget: float) -> list[l
     return times
 
 
-def measure(shape: str, row_counts: list[int], cold: bool, budget: float, limits: Limits) -> Iterator[Row]:
+def measure(
+    shape: str, row_counts: list[int], only: list[str], cold: bool, budget: float, limits: Limits
+) -> Iterator[Row]:
     """All rows of one shape."""
     out_features, in_features = (int(size) for size in shape.split("x"))
     torch.manual_seed(0)
-    sides = list(contenders(torch.randn(out_features, in_features) / in_features**0.5, cold))
+    every = contenders(torch.randn(out_features, in_features) / in_features**0.5, cold)
+    sides = [side for index, side in enumerate(every) if index == 0 or not only or side.name in only]
     for rows in row_counts:
         x = torch.randn(rows, in_features)
         for side in sides:
@@ -228,6 +249,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=SHAPES)
     parser.add_argument("--rows", type=lambda s: [int(n) for n in s.split(",")], default=ROWS)
+    parser.add_argument("--only", type=lambda s: s.split(","), default=[], help="contenders beside torch fp32, by name")
     parser.add_argument("--hot", action="store_true", help="one copy of each weight")
     parser.add_argument("--seconds", type=float, default=3.0, help="for all contenders of one shape and row count")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -239,7 +261,7 @@ def main() -> None:
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     rows = []
     for shape in arguments.shapes:
-        for row in measure(shape, arguments.rows, not arguments.hot, arguments.seconds, limits):
+        for row in measure(shape, arguments.rows, arguments.only, not arguments.hot, arguments.seconds, limits):
             rows.append(row)
             print(
                 f"{row.ratio_to_fp32:6.2f}x  {row.shape:>10} M={row.rows:<5}{row.contender:<22} {row.median_ms:8.3f} ms "

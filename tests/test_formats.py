@@ -134,3 +134,54 @@ def test_formats_are_values() -> None:
     assert len({hb.int8_dynamic(), hb.int8_dynamic(), hb.bf16()}) == 2
     with pytest.raises(AttributeError):
         hb.int8_dynamic().weight.bits = 4  # type: ignore[misc, union-attr]
+
+
+codebooks = st.builds(
+    lambda values, granularity, dtype: hb.CodebookFormat(tuple(sorted(values)), granularity, dtype),
+    st.sets(st.integers(-1000, 1000).map(lambda n: n / 64), min_size=2, max_size=16),
+    granularities,
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+
+
+@given(codebooks)
+def test_codebook_format_survives_json_and_its_codes_fit(fmt: hb.CodebookFormat) -> None:
+    assert format_from_dict(json.loads(json.dumps(fmt.to_dict()))) == fmt
+    assert 2 ** (fmt.bits - 1) < len(fmt.values) <= 2**fmt.bits
+    assert fmt.table().shape == (16,)
+    assert fmt.table()[: len(fmt.values)].tolist() == list(fmt.values)
+
+
+def test_known_codebooks_are_those_of_their_definitions() -> None:
+    positive = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64))[:-1]
+    negative = -torch.distributions.Normal(0, 1).icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64))[:-1]
+    quantiles = torch.cat([positive, torch.zeros(1), negative]).sort().values
+    nf4 = torch.tensor(hb.formats.NF4_VALUES)
+    torch.testing.assert_close(nf4, (quantiles / quantiles.abs().max()).float(), rtol=1e-6, atol=1e-6)
+    e2m1 = {s * (2.0 ** (e - 1) * (1 + m / 2) if e else m / 2) for s in (1, -1) for e in range(4) for m in (0, 1)}
+    assert sorted(e2m1) == list(hb.formats.FP4_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ((0.0,), ValueError, "1 entries; use 2 to 16"),
+        (tuple(range(17)), ValueError, "17 entries"),
+        ((0.0, 0.0, 1.0), ValueError, "increasing order"),
+        ((1.0, -1.0), ValueError, "increasing order"),
+        ((0.0, float("inf")), ValueError, "finite"),
+        ((0.0, 1e300), ValueError, "finite"),
+        ((0.0, 1e-6), ValueError, "between 1e-4 and 1e4"),
+        (("a", "b"), TypeError, "not all numbers"),
+        (3, TypeError, "not a sequence"),
+    ],
+)
+def test_impossible_codebook_is_refused(values: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hb.CodebookFormat(values)  # type: ignore[arg-type]
+
+
+def test_codebook_has_no_integer_activations() -> None:
+    activation = hb.int8_dynamic().activation
+    with pytest.raises(ValueError, match="integer activations need integer weights, not nf4"):
+        hb.Scheme(weight=hb.nf4_weight_only().weight, activation=activation)

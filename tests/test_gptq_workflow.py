@@ -110,6 +110,17 @@ def test_every_width_runs(bits: int, options: dict[str, object]) -> None:
     assert torch.isfinite(model(data(2)[0])).all()
 
 
+def test_codebooks_are_rounded_to_and_beat_nearest_values() -> None:
+    original, scheme, errors = make(), hb.codebook_weight_only((-1, -0.5, -0.2, 0, 0.2, 0.5, 1), 16), []
+    for algorithm in (hb.RTN(), hb.MSE(), hb.GPTQ(), hb.GPTQ(group_scales="static")):
+        model = copy.deepcopy(original)
+        report = quantize(model, algorithm, scheme)
+        errors.append(error(model, original))
+    assert not report.fallbacks
+    assert max(errors[2:]) < 0.8 * min(errors[:2])
+    assert hb.verify(model, data(2)).ok
+
+
 def test_layers_see_what_quantized_layers_before_them_produce() -> None:
     model, seen = make(), []
 

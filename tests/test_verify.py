@@ -22,6 +22,9 @@ SCHEMES = {
     **{f"int{bits}": hb.int_weight_only(bits) for bits in (2, 3, 5, 6, 7)},
     "binary": hb.int_weight_only(1),
     "ternary": hb.ternary_weight_only(),
+    "nf4": hb.nf4_weight_only(16),
+    "nf4 tables": hb.Recipe(default=hb.nf4_weight_only(16), overrides={nn.Embedding: hb.fp4_weight_only(16)}),
+    "codebook": hb.codebook_weight_only((-1, -0.4, 0.1, 0.5, 1), None),
 }
 
 

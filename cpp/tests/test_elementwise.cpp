@@ -1,49 +1,24 @@
 // Every compiled and supported level against the plain loops of elementwise_reference.cpp, bit for bit, over types,
 // granularities, awkward lengths, NaN, infinities and both zeros.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "elementwise_reference.h"
 #include "halfbyte/dispatch.h"
+#include "testing.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
 
-const char* level = "";
-
-#define CHECK(condition, ...)                                                         \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      std::fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, level, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                              \
-      std::fputc('\n', stderr);                                                       \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (false)
-
-constexpr FloatType kFloatTypes[] = {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16};
 constexpr CodeType kCodeTypes[] = {CodeType::kInt8, CodeType::kUInt8, CodeType::kInt32};
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-float random_unit() {
-  static uint64_t state = 88172645463325252ull;
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<float>(state >> 40) * 0x1p-23f - 1.f;
-}
-
-size_t bytes_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
-size_t bytes_of(CodeType code) { return code == CodeType::kInt32 ? 4 : 1; }
-
-// A buffer of exactly the right size on the heap, so that AddressSanitizer sees a step past it.
-using Bytes = std::vector<unsigned char>;
+size_t code_bytes(CodeType code) { return code == CodeType::kInt32 ? 4 : 1; }
 
 // Random values with special ones among them (NaN and infinities only if asked for).
 Bytes random_floats(int64_t count, FloatType type, float spread, bool specials) {
@@ -135,7 +110,7 @@ void check_affine(const ElementwiseKernels& kernels, FloatType type, int64_t cou
     for (CodeType code : kCodeTypes) {
       if (code == CodeType::kInt8 && (qmin < -128 || qmax > 127)) continue;
       if (code == CodeType::kUInt8 && (qmin < 0 || qmax > 255)) continue;
-      Bytes codes(static_cast<size_t>(count) * bytes_of(code)), expected_codes(codes.size());
+      Bytes codes(static_cast<size_t>(count) * code_bytes(code)), expected_codes(codes.size());
       reference::quantize(x.data(), type, expected_codes.data(), code, q.grid, count);
       in_ranges(count, [&](int64_t begin, int64_t end) {
         kernels.quantize(x.data(), type, codes.data(), code, q.grid, begin, end);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <vector>
@@ -11,31 +10,15 @@
 #include "elementwise_reference.h"
 #include "gptq_reference.h"
 #include "halfbyte/dispatch.h"
+#include "testing.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
 
-const char* level = "";
-
-#define CHECK(condition, ...)                                                         \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      std::fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, level, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                              \
-      std::fputc('\n', stderr);                                                       \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (false)
-
-float random_unit() {
-  static uint64_t state = 88172645463325252ull;
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<float>(state >> 40) * 0x1p-23f - 1.f;
-}
-
-std::vector<unsigned char> random_floats(int64_t count, FloatType type) {
-  std::vector<unsigned char> bytes(static_cast<size_t>(count) * (type == FloatType::kFloat32 ? 4 : 2));
+Bytes random_floats(int64_t count, FloatType type) {
+  Bytes bytes(static_cast<size_t>(count) * bytes_of(type));
   for (int64_t i = 0; i < count; ++i) reference::from_float(random_unit(), bytes.data(), type, i);
   return bytes;
 }
@@ -86,6 +69,7 @@ void check_hessian(int64_t tokens, int64_t features, FloatType type) {
 struct Format {
   int bits;
   bool symmetric, narrow_range;
+  std::vector<float> codebook = {};
 };
 
 void check_round(int64_t rows, int64_t columns, int64_t group_size, const Format& format, FloatType type) {
@@ -135,7 +119,9 @@ void check_round(int64_t rows, int64_t columns, int64_t group_size, const Format
                                             .narrow_range = format.narrow_range,
                                             .steps = 1,
                                             .shrink_step = 0.f,
-                                            .scale_type = FloatType::kFloat32},
+                                            .scale_type = FloatType::kFloat32,
+                                            .codebook = format.codebook.empty() ? nullptr : format.codebook.data(),
+                                            .codebook_entries = static_cast<int>(format.codebook.size())},
                                 .importance = nullptr,
                                 .scale = scale.data(),
                                 .zero_point = zero_point.data(),
@@ -185,5 +171,8 @@ int main() {
     check_round(250, 137, 137, {bits, true, false}, FloatType::kFloat32);
     if (bits > 1) check_round(17, 8, 4, {bits, true, true}, FloatType::kFloat32);
   }
+  check_round(100, 130, 26, {4, true, false, {-7.f, -5.5f, -3.f, -1.f, -.5f, 0.f, .25f, 2.f, 3.f, 6.f}},
+              FloatType::kFloat32);
+  check_round(50, 72, 24, {1, true, false, {-.7f, 1.f}}, FloatType::kFloat32);
   std::puts("ok");
 }

@@ -2,7 +2,6 @@
 // types, partial row and panel ranges, extreme values, and inputs around kMaxChunk.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -11,26 +10,13 @@
 
 #include "halfbyte/dispatch.h"
 #include "matmul_reference.h"
+#include "testing.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
 
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fputc('\n', stderr);                                            \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-uint32_t random_bits() {
-  static uint64_t state = 88172645463325252ull;
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<uint32_t>(state >> 32);
-}
 float random_float() { return static_cast<float>(static_cast<int32_t>(random_bits())) * 0x1p-30f; }
 
 enum class Values { kRandom, kLargest };  // of codes and activations
@@ -145,10 +131,10 @@ Result run(const MatmulKernels& kernel, const Problem& problem) {
 }
 
 template <class T>
-void check_equal(const Buffer<T>& got, const Buffer<T>& expected, const char* what, const char* level, const Case& c) {
+void check_equal(const Buffer<T>& got, const Buffer<T>& expected, const char* what, const Case& c) {
   for (size_t i = 0; i < expected.size(); ++i) {
-    CHECK(std::memcmp(&got[i], &expected[i], sizeof(T)) == 0, "%s, %s: %s at %zu is %g, not %g", level,
-          name_of(c).c_str(), what, i, static_cast<double>(got[i]), static_cast<double>(expected[i]));
+    CHECK(std::memcmp(&got[i], &expected[i], sizeof(T)) == 0, "%s: %s at %zu is %g, not %g", name_of(c).c_str(), what,
+          i, static_cast<double>(got[i]), static_cast<double>(expected[i]));
   }
 }
 
@@ -157,24 +143,25 @@ int64_t cases = 0;
 void check_case(const Case& c) {
   const Problem problem(c);
   const Result expected = run(reference::matmul_kernels(), problem);
-  for (const std::string& level : supported_levels()) {
-    set_active_level(level);
+  for (const std::string& name : supported_levels()) {
+    set_active_level(name);
+    level = name.c_str();
     const Result got = run(kernels().matmul, problem);
-    check_equal(got.scale, expected.scale, "scale", level.c_str(), c);
-    check_equal(got.chunk_sum, expected.chunk_sum, "chunk_sum", level.c_str(), c);
-    check_equal(got.group_sum, expected.group_sum, "group_sum", level.c_str(), c);
+    check_equal(got.scale, expected.scale, "scale", c);
+    check_equal(got.chunk_sum, expected.chunk_sum, "chunk_sum", c);
+    check_equal(got.group_sum, expected.group_sum, "group_sum", c);
     const TileShape& s = c.shape;
     for (int64_t row = 0; row < c.rows; ++row) {  // between padded_in() and the stride anything may stand
       const auto padded = static_cast<size_t>(s.padded_in());
       CHECK(std::memcmp(&got.codes[static_cast<size_t>(row * code_stride(s))],
                         &expected.codes[static_cast<size_t>(row * code_stride(s))], padded) == 0,
-            "%s, %s: codes of row %d", level.c_str(), name_of(c).c_str(), int(row));
+            "%s: codes of row %d", name_of(c).c_str(), int(row));
       CHECK(std::memcmp(&got.padded[static_cast<size_t>(row * float_stride(s))],
                         &expected.padded[static_cast<size_t>(row * float_stride(s))], padded * 4) == 0,
-            "%s, %s: padded row %d", level.c_str(), name_of(c).c_str(), int(row));
+            "%s: padded row %d", name_of(c).c_str(), int(row));
     }
-    check_equal(got.y_int8, expected.y_int8, "y of int8 x", level.c_str(), c);
-    check_equal(got.y_float, expected.y_float, "y of float x", level.c_str(), c);
+    check_equal(got.y_int8, expected.y_int8, "y of int8 x", c);
+    check_equal(got.y_float, expected.y_float, "y of float x", c);
     ++cases;
   }
 }
@@ -296,8 +283,9 @@ int main() {
     }
   }
   // Rows with infinities, NaN and zeros.
-  for (const std::string& level : supported_levels()) {
-    set_active_level(level);
+  for (const std::string& name : supported_levels()) {
+    set_active_level(name);
+    level = name.c_str();
     const TileShape s = {.out_features = 1, .in_features = 4, .group_size = 4, .bits = 8};
     const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
     const float x[] = {nan, 1.0f, -2.0f, 0.5f, inf, 1.0f, -1.0f, nan, 0.0f, -0.0f, 0.0f, 0.0f};
@@ -307,8 +295,7 @@ int main() {
     kernels().matmul.quantize_rows_dynamic(x, 4, 0, 3, s, {codes.data(), scale, sums, 0});
     const int8_t expected[3][4] = {{0, 64, -127, 32}, {0, 0, 0, 0}, {0, 0, 0, 0}};
     for (int row = 0; row < 3; ++row) {
-      CHECK(std::memcmp(&codes[static_cast<size_t>(row * code_stride(s))], expected[row], 4) == 0, "%s: row %d",
-            level.c_str(), row);
+      CHECK(std::memcmp(&codes[static_cast<size_t>(row * code_stride(s))], expected[row], 4) == 0, "row %d", row);
     }
   }
   std::printf("matmul: %d cases are bit for bit those of the reference\n", int(cases));

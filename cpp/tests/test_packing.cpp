@@ -1,30 +1,18 @@
 // Both layouts against a bit-by-bit reading of their description in packing.h, for every width and awkward sizes.
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "halfbyte/packing.h"
+#include "testing.h"
 
 using halfbyte::TileShape;
 
 namespace {
 
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fputc('\n', stderr);                                            \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
 std::vector<uint8_t> random_codes(int64_t count, int bits) {
-  static uint64_t state = 88172645463325252ull;
   std::vector<uint8_t> codes(static_cast<size_t>(count));
   for (uint8_t& code : codes) {
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    code = static_cast<uint8_t>((state >> 32) & ((1u << bits) - 1u));
+    code = static_cast<uint8_t>(halfbyte::testing::random_bits() & ((1u << bits) - 1u));
   }
   return codes;
 }

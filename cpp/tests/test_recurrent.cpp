@@ -4,34 +4,21 @@
 #include <bit>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
 #include "halfbyte/dispatch.h"
+#include "testing.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
-
-const char* level = "";
-
-#define CHECK(condition, ...)                                                         \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      std::fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, level, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                              \
-      std::fputc('\n', stderr);                                                       \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (false)
 
 using Floats = std::vector<float>;
 
 bool equal_bits(const Floats& a, const Floats& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
-    return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y) || (std::isnan(x) && std::isnan(y));
-  });
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), same_bits);
 }
 
 double exact_sigmoid(double x) { return 1 / (1 + std::exp(-x)); }

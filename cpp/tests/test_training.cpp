@@ -1,58 +1,29 @@
 // The gradient of learned fake-quantize and the histogram: every supported level against plain loops, bit for bit, over
 // types, granularities, awkward lengths, NaN, infinities and values at the ends of the range.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
 #include "elementwise_reference.h"
 #include "halfbyte/dispatch.h"
+#include "testing.h"
 #include "training_reference.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
 
-const char* level = "";
-
-#define CHECK(condition, ...)                                                         \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      std::fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, level, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                              \
-      std::fputc('\n', stderr);                                                       \
-      std::exit(1);                                                                   \
-    }                                                                                 \
-  } while (false)
-
-constexpr FloatType kFloatTypes[] = {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16};
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-float random_unit() {
-  static uint64_t state = 88172645463325252ull;
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<float>(state >> 40) * 0x1p-23f - 1.f;
-}
-
-// Exactly the right size on the heap, so that AddressSanitizer sees a step past it.
-using Bytes = std::vector<unsigned char>;
-
 Bytes random_floats(int64_t count, FloatType type, float spread, bool specials) {
   const float special[] = {kInf, -kInf, 0.f, -0.f, 1e30f, -1e30f, 0.5f, 1e-40f, 2.5f, kNaN};
-  Bytes bytes(static_cast<size_t>(count) * (type == FloatType::kFloat32 ? 4 : 2));
+  Bytes bytes(static_cast<size_t>(count) * bytes_of(type));
   for (int64_t i = 0; i < count; ++i) {
     const float value = random_unit() * spread;
     reference::from_float(specials && i % 7 == 3 ? special[i / 7 % 10] : value, bytes.data(), type, i);
   }
   return bytes;
-}
-
-bool same(float a, float b) {
-  return std::isnan(a) ? std::isnan(b) : std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
 }
 
 struct Case {
@@ -88,8 +59,8 @@ void check_runs(const TrainingKernels& kernels, FloatType type, int64_t runs, in
     const reference::BlockSums sums = reference::learned_gradient(
         c.x.data(), c.grad.data(), c.expected.data(), type, run * run_length + offset,
         std::min(kGradientBlock, run_length - offset), c.scale[channel], c.zero_point[channel], -8, 7);
-    CHECK(same(sums.scale, scale[static_cast<size_t>(block)]) &&
-              same(sums.zero_point, zero_point[static_cast<size_t>(block)]),
+    CHECK(same_bits(sums.scale, scale[static_cast<size_t>(block)]) &&
+              same_bits(sums.zero_point, zero_point[static_cast<size_t>(block)]),
           "type %d, %d runs of %d, block %d: %a and %a, not %a and %a", int(type), int(runs), int(run_length),
           int(block), double(scale[static_cast<size_t>(block)]), double(zero_point[static_cast<size_t>(block)]),
           double(sums.scale), double(sums.zero_point));
@@ -121,7 +92,7 @@ void check_columns(const TrainingKernels& kernels, FloatType type, int64_t count
                                       c.zero_point[column], 0, 255, sums[column]);
     }
     for (size_t i = 0; i < sums.size(); ++i) {
-      CHECK(same(sums[i].scale, scale[i]) && same(sums[i].zero_point, zero_point[i]),
+      CHECK(same_bits(sums[i].scale, scale[i]) && same_bits(sums[i].zero_point, zero_point[i]),
             "type %d, %d elements in %d columns, column %d: %a and %a, not %a and %a", int(type), int(count),
             int(columns), int(i), double(scale[i]), double(zero_point[i]), double(sums[i].scale),
             double(sums[i].zero_point));

@@ -6,7 +6,7 @@
 `hb.plan` says what would happen, `hb.save` and `hb.load_` keep the result, `hb.verify` proves that its integers are right.
 """
 
-from halfbyte import algorithms, functional, nn, observers, ops, search
+from halfbyte import algorithms, formats, functional, nn, observers, ops, search
 from halfbyte._extension import (
     __version__,
     available_capabilities,
@@ -17,7 +17,17 @@ from halfbyte.compare import CompareReport, compare
 from halfbyte.doctor import Doctor, doctor
 from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError, VerificationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import FloatFormat, Format, Granularity, IntFormat, PerAxis, PerGroup, PerTensor, PerToken
+from halfbyte.formats import (
+    CodebookFormat,
+    FloatFormat,
+    Format,
+    Granularity,
+    IntFormat,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 from halfbyte.fusion import FusionReport, fuse_
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
@@ -28,6 +38,8 @@ from halfbyte.report import ModuleReport, Report
 from halfbyte.schemes import (
     Scheme,
     bf16,
+    codebook_weight_only,
+    fp4_weight_only,
     fp16,
     int4_int8_dynamic,
     int4_int8_static,
@@ -36,6 +48,7 @@ from halfbyte.schemes import (
     int8_static,
     int8_weight_only,
     int_weight_only,
+    nf4_weight_only,
     ternary_weight_only,
 )
 from halfbyte.search import Allocation, SensitivityTable, measure_sensitivity
@@ -47,6 +60,7 @@ __all__ = [
     "MSE",
     "RTN",
     "Allocation",
+    "CodebookFormat",
     "CompareReport",
     "Doctor",
     "Fallback",
@@ -78,10 +92,13 @@ __all__ = [
     "available_capabilities",
     "bf16",
     "calibrate",
+    "codebook_weight_only",
     "compare",
     "convert_",
     "cpu_capability",
     "doctor",
+    "formats",
+    "fp4_weight_only",
     "fp16",
     "functional",
     "fuse_",
@@ -95,6 +112,7 @@ __all__ = [
     "kernel_info",
     "load_",
     "measure_sensitivity",
+    "nf4_weight_only",
     "nn",
     "observers",
     "ops",

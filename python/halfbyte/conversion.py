@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halfbyte.calibration import Forward
 from halfbyte.fallback import Fallback, announce
-from halfbyte.formats import FloatFormat, IntFormat, PerTensor
+from halfbyte.formats import FloatFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import PANEL, WeightPacker
@@ -122,7 +122,7 @@ def _round_layer(
     """Chooses the integers of one weight from the Hessian of its inputs and stages them; also gives the new weight."""
     start = time.perf_counter()
     rounding = preparation.hessian_rounding
-    assert rounding is not None and row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    assert rounding is not None and row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
     weight_format = row.scheme.weight
     layer = rounding.round_layer(row.name, weight.detach(), weight_format, inputs)
     rounded = layer.codes.dequantize(weight_format.group_size(weight.shape[1]))
@@ -156,7 +156,7 @@ def _round_in_order(
     return results
 
 
-def _row_chunks(weight: Tensor, weight_format: IntFormat | None = None) -> Iterator[Tensor]:
+def _row_chunks(weight: Tensor, weight_format: PackedFormat | None = None) -> Iterator[Tensor]:
     rows = max(PANEL, _CHUNK_ELEMENTS // weight.shape[1] // PANEL * PANEL)
     if weight_format is not None and weight_format.granularity == PerTensor():
         rows = weight.shape[0]

@@ -7,11 +7,14 @@ A format is a value: frozen, comparable, hashable, and written to files by `to_d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, TypeAlias
 
 import torch
+from torch import Tensor
 
 _SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -181,7 +184,138 @@ class FloatFormat:
         return {"kind": self.kind, "dtype": _dtype_name(self.dtype)}
 
 
-Format: TypeAlias = IntFormat | FloatFormat
+# NormalFloat: quantiles of a normal distribution with an exact zero (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# e2m1: a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats 1.0). Its two zeros are one entry here.
+FP4_VALUES = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CODEBOOK_NAMES = {NF4_VALUES: "nf4", FP4_VALUES: "fp4"}
+CODEBOOK_ENTRIES = 16  # at most, and in every table that kernels read: kCodebookEntries of elementwise.h
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookFormat:
+    """Up to 16 values of one's own choice with a scale: `x̂ = scale * values[code]`.
+
+    Rounding takes the nearest value of `x / scale`, the lower one half way between two. Codes take as many bits as it takes to
+    count the values: 4 for 9 to 16 of them.
+
+    Args:
+        values: 2 to 16 finite numbers in increasing order; they are rounded to float32. `hb.formats.NF4_VALUES` and
+            `FP4_VALUES` are two.
+        granularity: Which elements share a scale.
+        scale_dtype: dtype in which scales are stored; the rounded scale is the one that is quantized with.
+
+    Raises:
+        TypeError: values that are not numbers.
+        ValueError: too few or too many values, not in order, not finite, or all very small or large.
+
+    Example:
+        >>> CodebookFormat((-1, -0.25, 0, 0.25, 1), PerGroup(32)).bits
+        3
+        >>> str(CodebookFormat(NF4_VALUES, PerGroup(64)))
+        'nf4 group 64'
+    """
+
+    values: tuple[float, ...]
+    granularity: Granularity = PerAxis(0)
+    scale_dtype: torch.dtype = torch.float32
+
+    kind: ClassVar[str] = "codebook"
+
+    def __post_init__(self) -> None:
+        given: Sequence[object] = self.values
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"values={given!r} is not a sequence of numbers; use e.g. (-1.0, -0.3, 0.0, 0.3, 1.0)")
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
+            raise TypeError(f"values={given!r} are not all numbers; use e.g. (-1.0, -0.3, 0.0, 0.3, 1.0)")
+        if not 2 <= len(given) <= CODEBOOK_ENTRIES:
+            raise ValueError(f"values has {len(given)} entries; use 2 to {CODEBOOK_ENTRIES}")
+        values = tuple(torch.tensor(given, dtype=torch.float64).to(torch.float32).tolist())
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"values={given!r} are not all finite in float32")
+        if any(a >= b for a, b in pairwise(values)):
+            raise ValueError(f"values={given!r} are not in increasing order; use sorted(set(values))")
+        largest = max(abs(values[0]), abs(values[-1]))
+        if not 1e-4 <= largest <= 1e4:
+            raise ValueError(
+                f"the largest magnitude of values is {largest:g}; multiply them all so that it lies between 1e-4 and 1e4: "
+                "the scale of each group makes up for it"
+            )
+        if self.scale_dtype not in _SCALE_DTYPES.values():
+            raise ValueError(f"scale_dtype={self.scale_dtype} is not supported; use {', '.join(_SCALE_DTYPES)}")
+        object.__setattr__(self, "values", values)
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return (len(self.values) - 1).bit_length()
+
+    @property
+    def symmetric(self) -> bool:
+        """There are no zero points."""
+        return True
+
+    @property
+    def signed(self) -> bool:
+        """Codes count from 0."""
+        return False
+
+    @property
+    def binary(self) -> bool:
+        """Not the ±scale of one-bit integers."""
+        return False
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return len(self.values) - 1
+
+    @property
+    def reach(self) -> float:
+        """Largest magnitude of the values: a group's largest weight over it is its scale, unless another is searched for."""
+        return max(abs(self.values[0]), abs(self.values[-1]))
+
+    def entries(self) -> Tensor:
+        """The values as a tensor."""
+        return torch.tensor(self.values, dtype=torch.float32)
+
+    def table(self) -> Tensor:
+        """`[16]` float32, what kernels look codes up in: the values, the last one repeated for codes that do not occur."""
+        return torch.tensor(self.values + self.values[-1:] * (CODEBOOK_ENTRIES - len(self.values)), dtype=torch.float32)
+
+    def group_size(self, in_features: int) -> int:
+        """Elements of the last dimension that share a scale: the group, or all `in_features`."""
+        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else in_features
+
+    def with_granularity(self, granularity: Granularity) -> CodebookFormat:
+        """The same numbers with scales shared otherwise."""
+        return replace(self, granularity=granularity)
+
+    def __str__(self) -> str:
+        name = _CODEBOOK_NAMES.get(self.values) or f"codebook of {len(self.values)}"
+        return f"{name} {self.granularity}"
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description; `format_from_dict` reads it back."""
+        return {
+            "kind": self.kind,
+            "values": list(self.values),
+            "granularity": _granularity_to_dict(self.granularity),
+            "scale_dtype": _dtype_name(self.scale_dtype),
+        }
+
+
+PackedFormat: TypeAlias = IntFormat | CodebookFormat  # formats with codes of 1 to 8 bits
+Format: TypeAlias = IntFormat | CodebookFormat | FloatFormat
 
 
 def format_from_dict(fields: Mapping[str, object]) -> Format:
@@ -203,10 +337,20 @@ def format_from_dict(fields: Mapping[str, object]) -> Format:
             narrow_range=narrow,
             scale_dtype=_dtype_from_name(fields["scale_dtype"], _SCALE_DTYPES),
         )
+    if kind == CodebookFormat.kind:
+        _expect_keys(fields, {"kind", "values", "granularity", "scale_dtype"})
+        values = fields["values"]
+        if not isinstance(values, list):
+            raise ValueError(f"not a codebook format: {dict(fields)}")
+        return CodebookFormat(
+            values=tuple(values),
+            granularity=_granularity_from_dict(fields["granularity"]),
+            scale_dtype=_dtype_from_name(fields["scale_dtype"], _SCALE_DTYPES),
+        )
     if kind == FloatFormat.kind:
         _expect_keys(fields, {"kind", "dtype"})
         return FloatFormat(dtype=_dtype_from_name(fields["dtype"], _FLOAT_DTYPES))
-    raise ValueError(f"unknown format kind {kind!r}; this version of halfbyte knows 'int' and 'float'")
+    raise ValueError(f"unknown format kind {kind!r}; this version of halfbyte knows 'int', 'codebook' and 'float'")
 
 
 def _granularity_to_dict(granularity: Granularity) -> dict[str, object]:

@@ -77,6 +77,29 @@ def fake_quantize(
     return dequantize(codes, scale, zero_point, axis=axis, group_size=group_size).to(x.dtype)
 
 
+def quantize_codebook(x: Tensor, scale: Tensor, entries: Tensor, *, group_size: int) -> Tensor:
+    """Codes of the entries nearest to `x * (1 / scale)`: as many as there are midpoints below it; NaN gets the last code.
+
+    Args:
+        x: `[..., I]`, floating point.
+        scale: `[..., I / group_size]`.
+        entries: `[n]` float32, increasing.
+        group_size: Elements of the last dimension that share a scale.
+
+    Returns:
+        uint8 codes of `x`'s shape.
+    """
+    inverse = broadcast_qparams(1.0 / scale.float(), x, axis=None, group_size=group_size)
+    between = 0.5 * (entries[:-1] + entries[1:])
+    return torch.bucketize(x.float() * inverse, between, out_int32=True).to(torch.uint8)
+
+
+def dequantize_codebook(codes: Tensor, scale: Tensor, entries: Tensor, *, group_size: int) -> Tensor:
+    """`scale * entries[code]` in float32; arguments as of `quantize_codebook`, `entries` may have more of them."""
+    values = entries.index_select(0, codes.flatten().to(torch.int32)).reshape(codes.shape)
+    return values * broadcast_qparams(scale.float(), codes, axis=None, group_size=group_size)
+
+
 def quantize_rows_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes and scales of each row of `x`, as the integer products find them at run time.
 

@@ -11,7 +11,7 @@ from torch import nn
 from halfbyte._extension import cpu_capability
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import FloatFormat, IntFormat, PerAxis, PerGroup
+from halfbyte.formats import CodebookFormat, FloatFormat, Format, IntFormat, PerAxis, PerGroup
 from halfbyte.nn import QuantizedModule
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
@@ -318,7 +318,7 @@ class _Resolver:
             choice.tied_to = home if name != home and choice.scheme is not None else None
 
     def _fit_group_size(self, name: str, choice: _Choice) -> None:
-        if choice.scheme is None or not isinstance(choice.scheme.weight, IntFormat):
+        if choice.scheme is None or isinstance(choice.scheme.weight, FloatFormat):
             return
         weight_format = choice.scheme.weight
         if not isinstance(weight_format.granularity, PerGroup):
@@ -378,16 +378,20 @@ class _Resolver:
 
 
 def kernel_name(module: nn.Module, scheme: Scheme) -> str:
-    """Operator, operand widths and ISA level, such as `matmul u4 s8 (avx512vnni)`; u codes, s activations."""
+    """Operator, operand widths and ISA level, such as `matmul u4 s8 (avx512vnni)`.
+
+    u integer codes, c codes of a codebook, s integer activations.
+    """
     if isinstance(scheme.weight, FloatFormat):
         return f"torch {scheme.weight}"
     embedding = isinstance(module, nn.Embedding) or (
         isinstance(module, QuantizedModule) and hasattr(module, "num_embeddings")
     )
+    codes = "c" if isinstance(scheme.weight, CodebookFormat) else "u"
     if embedding:
-        return f"gather u{scheme.weight.bits}"
+        return f"gather {codes}{scheme.weight.bits}"
     activation = "f32" if scheme.activation is None else f"s{scheme.activation.bits}"
-    return f"matmul u{scheme.weight.bits} {activation} ({cpu_capability()})"
+    return f"matmul {codes}{scheme.weight.bits} {activation} ({cpu_capability()})"
 
 
 def fitting_group_size(in_features: int, asked: int) -> int:
@@ -413,15 +417,15 @@ def _table_scheme(scheme: Scheme) -> Scheme:
     A row of a table is read alone: its error reaches the model undiluted, and for the bytes of a language model's body the
     table's extra bits are cheap. llama.cpp and the GPTQ tools keep it wider for the same reason.
     """
-    if isinstance(scheme.weight, IntFormat) and scheme.weight.bits < 8:
+    if not isinstance(scheme.weight, FloatFormat) and scheme.weight.bits < 8:
         return replace(scheme, weight=IntFormat(bits=8, granularity=PerAxis(0), narrow_range=True))
     return scheme
 
 
-def _with_weight(scheme: Scheme | None, weight_format: IntFormat | FloatFormat | None) -> Scheme | None:
+def _with_weight(scheme: Scheme | None, weight_format: Format | None) -> Scheme | None:
     if weight_format is None:
         return None
-    if scheme is None or isinstance(weight_format, FloatFormat):
+    if scheme is None or not isinstance(weight_format, IntFormat):
         return Scheme(weight=weight_format)
     return replace(scheme, weight=weight_format)
 

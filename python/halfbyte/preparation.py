@@ -16,7 +16,7 @@ from halfbyte.algorithms import RTN, HessianRounding, Rounding, default_rounding
 from halfbyte.calibration import InputStatistics
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
-from halfbyte.formats import FloatFormat, IntFormat
+from halfbyte.formats import CodebookFormat, FloatFormat
 from halfbyte.hessian import InputHessian, hessian_bytes
 from halfbyte.memory import MemorySize, conversion_budget
 from halfbyte.nn.packed_weight import packed_bytes
@@ -163,7 +163,7 @@ class Preparation:
 
     def rounding_of(self, row: PlanRow) -> Rounding:
         """The algorithm that chooses the integers of a module."""
-        assert row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+        assert row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
         return self.algorithms[-1] if self.algorithms else default_rounding(row.scheme.weight)
 
     @property
@@ -192,13 +192,13 @@ def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
 
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:
-    integer = row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
-    return integer and isinstance(module, nn.Linear)
+    packed = row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
+    return packed and isinstance(module, nn.Linear)
 
 
 def _weighted(row: PlanRow, algorithms: Sequence[Rounding]) -> bool:
     """Whether the rounding of a weight looks at the mean squares of its inputs; a static 8-bit scheme has other hooks."""
-    assert row.scheme is not None and isinstance(row.scheme.weight, IntFormat)
+    assert row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
     rounding = algorithms[-1] if algorithms else default_rounding(row.scheme.weight)
     return not (row.scheme.static and isinstance(rounding, RTN))
 
@@ -227,7 +227,9 @@ def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
         hint = "load the weights first" if weight.is_meta else "move the model to the CPU: model.cpu()"
         raise QuantizationError(f"{row.name}: weight is on device {weight.device}; {hint}")
     weight_format = row.scheme.weight
-    group_size = weight_format.group_size(weight.shape[1]) if isinstance(weight_format, IntFormat) else weight.shape[1]
+    group_size = (
+        weight.shape[1] if isinstance(weight_format, FloatFormat) else weight_format.group_size(weight.shape[1])
+    )
     low, high = ops.observe_minmax(weight.detach(), group_size=group_size)
     for name, bad in (("NaN", torch.isnan(low).any()), ("inf", torch.isinf(low).any() or torch.isinf(high).any())):
         if bad:
@@ -245,7 +247,8 @@ def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
         return row
     # The largest scale of each row, as min/max gives it: where even that is subnormal in float16, rounding would lose the row.
     span = torch.maximum(high, -low) if weight_format.symmetric else high.clamp(min=0) - low.clamp(max=0)
-    largest = span.amax(dim=1) / max(weight_format.qmax, 1)
+    steps = weight_format.reach if isinstance(weight_format, CodebookFormat) else max(weight_format.qmax, 1)
+    largest = span.amax(dim=1) / steps
     limits = torch.finfo(torch.float16)
     if largest.max().item() <= limits.max and not bool(((largest > 0) & (largest < limits.tiny)).any()):
         return row

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import functional
-from halfbyte.formats import IntFormat
+from halfbyte.formats import PackedFormat
 from halfbyte.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import PANEL
 
@@ -111,7 +111,10 @@ def _bias(module: QuantizedLinear, outputs: slice) -> Tensor:
 
 
 def _grouped_weight(module: QuantizedLinear, outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """`u - z` `[G, columns, group]`, scales `[G, columns]` and `c - z` `[G, columns]`, all float64 and exact."""
+    """`u - z` `[G, columns, group]`, scales `[G, columns]` and `c - z` `[G, columns]`, all float64 and exact.
+
+    Of a codebook its values and zeros instead of `u - z` and `c - z`.
+    """
     packed, weight_format = module.packed_weight, module.weight_format
     panels = slice(outputs.start // PANEL, -(-outputs.stop // PANEL))
     part = PackedWeight(
@@ -120,6 +123,7 @@ def _grouped_weight(module: QuantizedLinear, outputs: slice) -> tuple[Tensor, Te
         None if packed.zero_point is None else packed.zero_point[:, outputs],
         "tiles",
         (outputs.stop - outputs.start, packed.shape[1]),
+        packed.codebook,
     )
     codes, zero = _integers(part, weight_format)
     grouped = _grouped(codes, module.group_size)
@@ -132,9 +136,11 @@ def _grouped_weight(module: QuantizedLinear, outputs: slice) -> tuple[Tensor, Te
     return grouped - zero.t().unsqueeze(2), scale, middle - zero.t()
 
 
-def _integers(packed: PackedWeight, weight_format: IntFormat) -> tuple[Tensor, Tensor | None]:
-    """Codes `[O, I]` (-1 and +1 for binary) and zero points `[O, G]`, float64."""
+def _integers(packed: PackedWeight, weight_format: PackedFormat) -> tuple[Tensor, Tensor | None]:
+    """Codes `[O, I]` (-1 and +1 for binary, values of a codebook) and zero points `[O, G]`, float64."""
     codes = packed.codes(weight_format)
+    if codes.codebook is not None:
+        return codes.codebook.double()[codes.codes.long()], None
     numbers = codes.codes.double()
     if weight_format.binary:
         numbers = 2 * numbers - 1
@@ -147,7 +153,12 @@ def embedding_reference(module: QuantizedEmbedding, indices: Tensor) -> Tensor:
     if packed.layout == "rows":
         zero = None if packed.zero_point is None else packed.zero_point[indices]
         part = PackedWeight(
-            packed.qweight[indices], packed.scale[indices], zero, "rows", (len(indices), packed.shape[1])
+            packed.qweight[indices],
+            packed.scale[indices],
+            zero,
+            "rows",
+            (len(indices), packed.shape[1]),
+            packed.codebook,
         )
         rows = torch.arange(len(indices))
     else:  # whole panels; columns past the last row of the table repeat it and are not read
@@ -155,7 +166,7 @@ def embedding_reference(module: QuantizedEmbedding, indices: Tensor) -> Tensor:
         columns = (panels[:, None] * PANEL + torch.arange(PANEL)).flatten().clamp(max=packed.shape[0] - 1)
         zero = None if packed.zero_point is None else packed.zero_point[:, columns]
         shape = (len(panels) * PANEL, packed.shape[1])
-        part = PackedWeight(packed.qweight[panels], packed.scale[:, columns], zero, "tiles", shape)
+        part = PackedWeight(packed.qweight[panels], packed.scale[:, columns], zero, "tiles", shape, packed.codebook)
         rows = position * PANEL + indices % PANEL
     codes, zeros = _integers(part, weight_format)
     scale = part.scale if packed.layout == "rows" else part.scale.t()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from halfbyte.formats import (
+    FP4_VALUES,
+    NF4_VALUES,
+    CodebookFormat,
     FloatFormat,
     Format,
     Granularity,
@@ -44,13 +47,18 @@ class Scheme:
     observer: Observer | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, IntFormat):
+        if isinstance(self.weight, IntFormat | CodebookFormat):
             granularity = self.weight.granularity
-            if not (isinstance(granularity, PerGroup | PerTensor) or granularity == PerAxis(0)):
+            if not (
+                isinstance(granularity, PerGroup)
+                or granularity == PerAxis(0)
+                or (granularity == PerTensor() and isinstance(self.weight, IntFormat))
+            ):
                 raise ValueError(
-                    f"weights cannot be quantized {granularity}; use PerAxis(0), PerTensor() or PerGroup(group_size)"
+                    f"weights cannot be quantized {granularity}; use PerAxis(0), PerGroup(group_size) or, for integers, "
+                    "PerTensor()"
                 )
-        elif self.activation is not None:
+        if self.activation is not None and not isinstance(self.weight, IntFormat):
             raise ValueError(f"integer activations need integer weights, not {self.weight}")
         if self.activation is not None and self.activation not in (_INT8_PER_TOKEN, *_STATIC.values()):
             raise ValueError(
@@ -89,7 +97,7 @@ class Scheme:
         if not isinstance(weight, Mapping) or not (activation is None or isinstance(activation, Mapping)):
             raise ValueError(f"not a scheme: {dict(fields)}")
         activation_format = None if activation is None else format_from_dict(activation)
-        if isinstance(activation_format, FloatFormat):
+        if not (activation_format is None or isinstance(activation_format, IntFormat)):
             raise ValueError(f"activations cannot be {activation_format}")
         return Scheme(weight=format_from_dict(weight), activation=activation_format)
 
@@ -142,6 +150,45 @@ def ternary_weight_only(group_size: int | None = None) -> Scheme:
     return Scheme(
         weight=IntFormat(bits=2, symmetric=True, granularity=granularity, narrow_range=True, scale_dtype=scale_dtype)
     )
+
+
+def nf4_weight_only(group_size: int | None = 64) -> Scheme:
+    """NormalFloat weights (QLoRA, arXiv:2305.14314): 4-bit codes of 16 quantiles of a normal distribution.
+
+    Args:
+        group_size: Inputs that share a scale (float16); None for one scale (float32) per output channel.
+
+    Example:
+        >>> str(nf4_weight_only())
+        'nf4 group 64, float activations'
+    """
+    return codebook_weight_only(NF4_VALUES, group_size)
+
+
+def fp4_weight_only(group_size: int | None = 32) -> Scheme:
+    """4-bit floating-point weights, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, times the scale of a group.
+
+    Args:
+        group_size: Inputs that share a scale (float16); None for one scale (float32) per output channel.
+    """
+    return codebook_weight_only(FP4_VALUES, group_size)
+
+
+def codebook_weight_only(values: Sequence[float], group_size: int | None = 64) -> Scheme:
+    """Weights from a codebook of one's own, times a scale; activations stay in floating point.
+
+    The scale of a group is its largest magnitude over that of the values; `algorithms=[hb.MSE()]` searches for a better one.
+
+    Args:
+        values: 2 to 16 numbers in increasing order.
+        group_size: Inputs that share a scale (float16); None for one scale (float32) per output channel.
+
+    Example:
+        >>> str(codebook_weight_only([-1, -0.5, -0.2, 0, 0.2, 0.5, 1], group_size=32))
+        'codebook of 7 group 32, float activations'
+    """
+    granularity, scale_dtype = _granularity(group_size)
+    return Scheme(weight=CodebookFormat(tuple(values), granularity, scale_dtype))
 
 
 def int4_int8_dynamic(group_size: int = 128, symmetric: bool = False) -> Scheme:

@@ -84,4 +84,4 @@ class Staging:
                 tensors[name] = tensor
         qweight, scale = tensors["qweight"], tensors["scale"]
         assert qweight is not None and scale is not None
-        return PackedWeight(qweight, scale, tensors["zero_point"], layout, shape)
+        return PackedWeight(qweight, scale, tensors["zero_point"], layout, shape, tensors["codebook"])

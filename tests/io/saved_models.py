@@ -17,6 +17,8 @@ SCHEMES = {
     "int5_group": hb.int_weight_only(5, 16),
     "binary": hb.int_weight_only(1),
     "ternary": hb.ternary_weight_only(),
+    "nf4": hb.nf4_weight_only(16),
+    "codebook": hb.codebook_weight_only((-1, -0.4, 0.1, 0.5, 1), None),
     "bf16": hb.bf16(),
     "fp16": hb.fp16(),
 }

@@ -59,6 +59,17 @@ def random_weight(
     return RandomWeight(qweight, scale, zero_point, codes, dense, bits, group_size)
 
 
+def assert_accurate(
+    y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None, *, tolerance: float = 1e-6
+) -> None:
+    """`y` is `x denseᵀ + bias` in float64, up to `tolerance` of the sum of the magnitudes that are added up."""
+    exact = x.double() @ dense.double().t()
+    magnitude = x.double().abs() @ dense.double().abs().t()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    assert (y.double() - exact).abs().le(tolerance * magnitude + 1e-6).all()
+
+
 def _spread(qparam: Tensor, group_size: int) -> Tensor:
     """`[G, O]` to float64 `[O, I]`."""
     return qparam.t().double().repeat_interleave(group_size, dim=1)

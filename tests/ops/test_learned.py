@@ -115,8 +115,9 @@ def test_gradients_equal_their_definition(
 
 @pytest.mark.parametrize("zero_point", [0.0, 2.0, 3.4, 200.0])
 def test_per_tensor_equals_pytorch(zero_point: float) -> None:
-    # Zero points that PyTorch's backward rounds as its forward does, and no ties.
+    # Zero points that PyTorch's backward rounds as its forward does, and no ties: it adds the zero point before it rounds.
     x, grad = torch.randn(50, 70), torch.randn(50, 70)
+    x = (torch.round(x / 0.04) + torch.rand(50, 70) * 0.8 - 0.4) * 0.04
     leaves = [x.requires_grad_(), torch.tensor([0.04], requires_grad=True), torch.tensor([zero_point]).requires_grad_()]
     y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, 0, 255, 0.1)
     y.backward(grad)

@@ -19,6 +19,7 @@ enum class CodeType : int { kInt8 = 0, kUInt8 = 1, kInt32 = 2 };
 
 constexpr int64_t kElementLanes = 16;       // elements that every level handles together
 constexpr int64_t kElementBlock = 64;       // ranges of elements begin at multiples of this
+constexpr int64_t kCodebookEntries = 16;    // at most; tables of kernels have all, one for every 4-bit code
 constexpr int32_t kMaxCode = 1 << 20;       // |qmin| and |qmax| at most: rounding by addition needs |r| < 2^22
 constexpr int32_t kMaxZeroPoint = 1 << 20;  // |zero_point| at most
 
@@ -35,6 +36,8 @@ struct AffineGrid {
 };
 
 // The grid p_j = 1 - j * shrink_step, j = 0 .. steps - 1, of ranges that search_qparams tries for a group of weights.
+// With a codebook, x_hat = scale * (the entry nearest to x / scale), the whole range is absmax / largest entry, and
+// bits, symmetric and narrow_range are not read.
 struct SearchOptions {
   int bits;
   bool symmetric;     // signed codes around 0; one symmetric bit is +-scale
@@ -42,6 +45,8 @@ struct SearchOptions {
   int steps;          // >= 1; 1 gives min/max qparams
   float shrink_step;  // steps * shrink_step < 1
   FloatType scale_type;
+  const float* codebook = nullptr;  // [codebook_entries], increasing
+  int codebook_entries = 0;         // 2 .. kCodebookEntries
 };
 
 struct ElementwiseKernels {

@@ -71,7 +71,8 @@ struct RoundProblem {
   const float* importance;
   float* scale;         // [rows, groups]; read or written
   int32_t* zero_point;  // [rows, groups]
-  uint8_t* codes;       // [rows, columns]: q as one byte, two's complement; binary: 0 is -scale, 1 is +scale
+  uint8_t* codes;       // [rows, columns]: q as one byte, two's complement; binary: 0 is -scale, 1 is +scale; or the
+                        // index in the codebook
   float* loss;          // [rows]
 };
 

@@ -21,14 +21,13 @@
 //     then lane l takes lane l + 8, l + 4, l + 2, l + 1
 // Outputs past O are never read back; padded inputs have a == 0 and x == 0.
 #pragma once
+#include "halfbyte/elementwise.h"
 #include "halfbyte/packing.h"
 #include "halfbyte/types.h"
 
 namespace halfbyte {
 
 constexpr int64_t kMaxChunk = 32768;  // 255 * 128 * 32768 < 2^31: int32 sums cannot overflow (a in [-128, 127])
-
-constexpr int64_t kCodebookEntries = 16;  // one for every 4-bit code; narrower codes use the first ones
 
 struct TiledWeight {
   TileShape shape;

@@ -22,6 +22,12 @@ class BitWriter {
       filled_ -= 16;
     }
   }
+  // Sixty-four bits at once, where none are pending.
+  bool can_put_words() const { return filled_ == 0; }
+  void put_word(uint64_t bits) {
+    std::memcpy(bytes_, &bits, sizeof(bits));
+    bytes_ += sizeof(bits);
+  }
   void finish() { flush((filled_ + 7) / 8); }
 
  private:
@@ -35,6 +41,8 @@ class BitWriter {
 
 struct NoBits {
   void put(uint32_t, int64_t) {}
+  bool can_put_words() const { return false; }
+  void put_word(uint64_t) {}
   void finish() {}
 };
 
@@ -84,16 +92,34 @@ void fake_quantize_range(const Element<Type>* x, Element<Type>* y, Mask mask, co
                          int64_t end) {
   const Lanes one = broadcast(1.f);
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
-    transform(x + from, y + from, to - from, load_floats<Type>, store_floats<Type>,
-              [&](const Lanes& value, int64_t i, int64_t count) {
-                const Affine& affine = affine_at(i);
-                // Clamped to one past either end before rounding: small enough to round by addition, and what lies
-                // outside still does afterwards, so that the second clamp tells the mask.
-                const Lanes near = clamp(value * affine.inverse_scale, affine.lowest - one, affine.highest + one);
-                const Lanes rounded = round_small(near);
-                const Lanes code = clamp(rounded, affine.lowest, affine.highest);
-                mask.put(equal_bits(code, rounded) & ((1u << count) - 1u), count);
-                return code * affine.scale;
+    const auto step = [&](const Lanes& value, int64_t i, uint32_t& inside) {
+      const Affine& affine = affine_at(i);
+      // Clamped to one past either end before rounding: small enough to round by addition, and what lies outside still
+      // does afterwards, so that the second clamp tells the mask.
+      const Lanes near = clamp(value * affine.inverse_scale, affine.lowest - one, affine.highest + one);
+      const Lanes rounded = round_small(near);
+      const Lanes code = clamp(rounded, affine.lowest, affine.highest);
+      inside = equal_bits(code, rounded);
+      return code * affine.scale;
+    };
+    int64_t i = 0;
+    // A store of mask bytes may alias anything, so the fewer of them, the less the compiler loads anew.
+    for (; mask.can_put_words() && i + 4 * kLanes <= to - from; i += 4 * kLanes) {
+      uint64_t word = 0;
+      for (int64_t part = 0; part < 4; ++part) {
+        uint32_t inside;
+        const int64_t at = i + part * kLanes;
+        store_floats<Type>(y + from + at, step(load_floats<Type>(x + from + at), at, inside));
+        word |= static_cast<uint64_t>(inside) << (part * kLanes);
+      }
+      mask.put_word(word);
+    }
+    transform(x + from + i, y + from + i, to - from - i, load_floats<Type>, store_floats<Type>,
+              [&](const Lanes& value, int64_t at, int64_t count) {
+                uint32_t inside;
+                const Lanes quantized = step(value, i + at, inside);
+                mask.put(inside & ((1u << count) - 1u), count);
+                return quantized;
               });
   });
   mask.finish();
@@ -126,14 +152,26 @@ void quantize(const void* x, void* q, const AffineGrid& grid, int64_t begin, int
   auto* out = static_cast<Code*>(q);
   const Lanes zero = broadcast(0.f);
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
-    transform(in + from, out + from, to - from, load_floats<Type>, store_codes<Code>,
-              [&](const Lanes& value, int64_t i, int64_t) {
-                const Affine& affine = affine_at(i);
-                const Lanes scaled = value * affine.inverse_scale;
-                // NaN counts as 0, which is the zero point where the range holds it.
-                const Lanes finite = replace_nan(scaled, scaled, zero);
-                return round_small(clamp(finite, affine.lowest, affine.highest)) + affine.zero_point;
-              });
+    const auto step = [&](const Lanes& value, int64_t i) {
+      const Affine& affine = affine_at(i);
+      const Lanes inside = clamp(value * affine.inverse_scale, affine.lowest, affine.highest);
+      // NaN counts as 0, which is the zero point where the range holds it.
+      const IntLanes nan = to_int(clamp(zero, affine.lowest, affine.highest));
+      return round_to_int(inside, nan) + to_int(affine.zero_point);
+    };
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= to - from; i += 4 * kLanes) {
+      IntLanes four[4];
+      for (int64_t part = 0; part < 4; ++part) {
+        const int64_t at = i + part * kLanes;
+        four[part] = step(load_floats<Type>(in + from + at), at);
+      }
+      store_codes(out + from + i, four);
+    }
+    transform(
+        in + from + i, out + from + i, to - from - i, load_floats<Type>,
+        [](Code* q, const IntLanes& codes) { store_codes(q, codes); },
+        [&](const Lanes& value, int64_t at, int64_t) { return step(value, i + at); });
   });
 }
 

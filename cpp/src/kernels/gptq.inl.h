@@ -59,7 +59,7 @@ struct CodeLimits {
 inline CodeLimits code_limits(const SearchOptions& options) {
   const float half = static_cast<float>(1 << (options.bits - 1));
   if (!options.symmetric) return {0.f, 2.f * half - 1.f, false};
-  return {options.narrow_range ? 1.f - half : -half, half - 1.f, options.bits == 1};
+  return {options.narrow_range ? 1.f - half : -half, half - 1.f, options.bits == 1 && options.codebook == nullptr};
 }
 
 // One panel of a task: rows [row, row + rows) of the weight, rows <= 48; past them weights are zero.
@@ -151,6 +151,8 @@ inline void round_block(const RoundProblem& p, const RoundScratch& scratch, cons
   const CodeLimits limits = code_limits(p.options);
   const e::Lanes lowest = e::broadcast(limits.lowest), highest = e::broadcast(limits.highest);
   const e::Lanes one = e::broadcast(1.f), zero = e::broadcast(0.f);
+  const bool has_codebook = p.options.codebook != nullptr;
+  const e::Codebook codebook(p.options);
   for (int64_t s = block.begin; s < block.end; ++s) {
     const int64_t column = p.column_of_slot[s];
     if (column < 0) continue;  // its error is the zero it was loaded with
@@ -165,18 +167,25 @@ inline void round_block(const RoundProblem& p, const RoundScratch& scratch, cons
       const e::Lanes target = e::load(targets + at);
       const e::Lanes scale = e::load(panel.scale + group * kPanelWidth + at);
       const e::Lanes center = e::load(panel.zero + group * kPanelWidth + at);
-      e::Lanes code;
-      if (limits.binary) {
+      e::Lanes code, rounded;
+      if (has_codebook) {
+        e::Lanes inverse;
+        for (int b = 0; b < e::kBatches; ++b) inverse.batch[b] = one.batch[b] / scale.batch[b];
+        const e::Nearest nearest = codebook.nearest(target * inverse);
+        code = nearest.code;
+        rounded = nearest.value * scale;
+      } else if (limits.binary) {
         float signs[e::kLanes];
         e::store(signs, target);
         for (float& sign : signs) sign = sign >= 0.f ? 1.f : -1.f;
         code = e::load(signs);
+        rounded = code * scale;
       } else {
         e::Lanes inverse;
         for (int b = 0; b < e::kBatches; ++b) inverse.batch[b] = one.batch[b] / scale.batch[b];
         code = e::round_small(e::clamp(target * inverse, lowest - center, highest - center));
+        rounded = code * scale;
       }
-      const e::Lanes rounded = code * scale;
       e::store(errors + at, e::load(errors + at) - rounded);
       const e::Lanes lost = target - rounded;
       e::store(losses + at, e::load(losses + at) + pivot * (lost * lost));

@@ -171,18 +171,59 @@ template <class Code>
   }
 }
 
+// Sixteen int32.
+struct IntLanes {
+  IntBatch batch[kBatches];
+};
+
+[[gnu::always_inline]] inline IntLanes operator+(const IntLanes& a, const IntLanes& b) {
+  IntLanes lanes;
+  for (int i = 0; i < kBatches; ++i) lanes.batch[i] = a.batch[i] + b.batch[i];
+  return lanes;
+}
+
+// Half to even, for |v| < 2^22; NaN becomes `nan`.
+[[gnu::always_inline]] inline IntLanes round_to_int(const Lanes& v, const IntLanes& nan) {
+  IntLanes lanes;
+#if defined(__AVX512BW__)
+  const __m512 value = v.batch[0];
+  const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  lanes.batch[0] = _mm512_mask_mov_epi32(nan.batch[0], ordered, _mm512_cvtps_epi32(value));
+#elif defined(__AVX2__)
+  for (int b = 0; b < kBatches; ++b) {
+    const __m256 value = v.batch[b];
+    const __m256i ordered = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q));
+    lanes.batch[b] = _mm256_blendv_epi8(nan.batch[b], _mm256_cvtps_epi32(value), ordered);
+  }
+#else
+  const Lanes rounded = round_small(replace_nan(v, v, broadcast(0.f)));
+  for (int b = 0; b < kBatches; ++b) {
+    const auto ordered = xsimd::batch_bool_cast<int32_t>(v.batch[b] == v.batch[b]);
+    lanes.batch[b] = xsimd::select(ordered, xsimd::to_int(rounded.batch[b]), nan.batch[b]);
+  }
+#endif
+  return lanes;
+}
+
+// Floats without a fraction, none of them NaN.
+[[gnu::always_inline]] inline IntLanes to_int(const Lanes& v) {
+  IntLanes lanes;
+  for (int b = 0; b < kBatches; ++b) lanes.batch[b] = xsimd::to_int(v.batch[b]);
+  return lanes;
+}
+
 // The lanes hold integers that the code type can hold.
 template <class Code>
-[[gnu::always_inline]] inline void store_codes(Code* q, const Lanes& lanes) {
+[[gnu::always_inline]] inline void store_codes(Code* q, const IntLanes& lanes) {
 #if defined(__AVX512BW__)
-  const __m512i codes = _mm512_cvtps_epi32(lanes.batch[0]);
+  const __m512i codes = lanes.batch[0];
   if constexpr (sizeof(Code) == 4) {
     _mm512_storeu_si512(q, codes);
   } else {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(codes));
   }
 #elif defined(__AVX2__)
-  const __m256i first = _mm256_cvtps_epi32(lanes.batch[0]), second = _mm256_cvtps_epi32(lanes.batch[1]);
+  const __m256i first = lanes.batch[0], second = lanes.batch[1];
   if constexpr (sizeof(Code) == 4) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), first);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + kBatchLanes), second);
@@ -195,10 +236,33 @@ template <class Code>
                      _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
   }
 #else
-  float values[kLanes];
-  store(values, lanes);
-  for (int64_t i = 0; i < kLanes; ++i) q[i] = static_cast<Code>(static_cast<int32_t>(values[i]));
+  int32_t values[kLanes];
+  for (int b = 0; b < kBatches; ++b) lanes.batch[b].store_unaligned(values + b * kBatchLanes);
+  for (int64_t i = 0; i < kLanes; ++i) q[i] = static_cast<Code>(values[i]);
 #endif
+}
+
+// The same for floats without a fraction.
+template <class Code>
+[[gnu::always_inline]] inline void store_codes(Code* q, const Lanes& lanes) {
+  store_codes(q, to_int(lanes));
+}
+
+// Four times sixteen, one after another: where a register holds 64 codes they are packed together.
+template <class Code>
+[[gnu::always_inline]] inline void store_codes(Code* q, const IntLanes (&four)[4]) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(Code) == 1) {
+    // Packing works inside 128-bit quarters: byte quads come out as quarter 0 of all four, then quarter 1 of all four.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_packs_epi32(four[0].batch[0], four[1].batch[0]);
+    const __m512i high = _mm512_packs_epi32(four[2].batch[0], four[3].batch[0]);
+    const __m512i bytes = std::is_signed_v<Code> ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+    _mm512_storeu_si512(q, _mm512_permutexvar_epi32(order, bytes));
+    return;
+  }
+#endif
+  for (int64_t part = 0; part < 4; ++part) store_codes(q + part * kLanes, four[part]);
 }
 
 // Loads and stores of the `count` < kLanes elements at the end of a range go through a zero-filled buffer.

@@ -47,34 +47,48 @@ void minmax_runs(const void* x, int64_t run_length, int64_t run_begin, int64_t r
   }
 }
 
-// lo and hi take in one row of at most kLanes columns.
+// lo and hi take in `rows` rows of kLanes columns, `stride` elements apart. They stay in registers meanwhile, and the
+// rows are as many streams, each read from end to end as hardware prefetches best.
 template <FloatType Type>
-[[gnu::always_inline]] inline void merge_row(const Element<Type>* values, float* lo, float* hi) {
-  const Lanes nan = broadcast(std::numeric_limits<float>::quiet_NaN());
-  const Lanes value = load_floats<Type>(values) + broadcast(0.f);
-  store(lo, replace_nan(value, min(load(lo), value), nan));
-  store(hi, replace_nan(value, max(load(hi), value), nan));
+[[gnu::always_inline]] inline void merge_rows(const Element<Type>* values, int64_t stride, int64_t rows, float* lo,
+                                              float* hi) {
+  Lanes lowest = load(lo), highest = load(hi);
+  uint32_t ordered = 0xffff;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Lanes value = load_floats<Type>(values + row * stride);
+    lowest = min(lowest, value);  // keeps a NaN that is there already
+    highest = max(highest, value);
+    ordered &= equal_bits(value, value);
+  }
+  store(lo, lowest + broadcast(0.f));
+  store(hi, highest + broadcast(0.f));
+  for (int64_t lane = 0; ordered != 0xffff && lane < kLanes; ++lane) {
+    if ((ordered >> lane & 1u) == 0) lo[lane] = hi[lane] = std::numeric_limits<float>::quiet_NaN();
+  }
 }
 
 template <FloatType Type>
 void minmax_columns(const void* x, int64_t columns, int64_t row_begin, int64_t row_end, float* lo, float* hi) {
+  // More would compete for one cache set where `columns` is a power of two.
+  constexpr int64_t kRowsTogether = 4;
   const auto* in = static_cast<const Element<Type>*>(x);
-  // lo and hi of a strip stay in the first-level cache while its rows pass by.
-  constexpr int64_t kStrip = 512;
-  for (int64_t strip = 0; strip < columns; strip += kStrip) {
-    const int64_t end = std::min(strip + kStrip, columns);
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      const Element<Type>* values = in + row * columns;
-      int64_t i = strip;
-      for (; i + kLanes <= end; i += kLanes) merge_row<Type>(values + i, lo + i, hi + i);
-      if (i == end) continue;
-      const Partial<Element<Type>> rest(values + i, end - i);
-      Partial<float> low(lo + i, end - i), high(hi + i, end - i);
-      merge_row<Type>(rest.values, low.values, high.values);
-      low.copy_to(lo + i, end - i);
-      high.copy_to(hi + i, end - i);
+  const int64_t whole = columns / kLanes * kLanes, rest = columns - whole;
+  Partial<float> low(lo + whole, rest), high(hi + whole, rest);
+  for (int64_t row = row_begin; row < row_end; row += kRowsTogether) {
+    const int64_t rows = std::min(kRowsTogether, row_end - row);
+    const Element<Type>* values = in + row * columns;
+    if (rows == kRowsTogether) {
+      for (int64_t i = 0; i < whole; i += kLanes) merge_rows<Type>(values + i, columns, kRowsTogether, lo + i, hi + i);
+    } else {
+      for (int64_t i = 0; i < whole; i += kLanes) merge_rows<Type>(values + i, columns, rows, lo + i, hi + i);
+    }
+    for (int64_t r = 0; rest > 0 && r < rows; ++r) {
+      const Partial<Element<Type>> last(values + r * columns + whole, rest);
+      merge_rows<Type>(last.values, 0, 1, low.values, high.values);
     }
   }
+  low.copy_to(lo + whole, rest);
+  high.copy_to(hi + whole, rest);
 }
 
 }  // namespace elementwise

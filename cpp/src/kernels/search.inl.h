@@ -5,6 +5,7 @@
 #pragma once
 #include <limits>
 
+#include "codebook.inl.h"
 #include "minmax.inl.h"
 
 namespace halfbyte {
@@ -105,6 +106,53 @@ inline void search_binary(const Group& group, FloatType scale_type, float* scale
   *loss = sum(error);
 }
 
+inline float squared_error(const Group& group, float scale, const Codebook& codebook) {
+  const Lanes step = broadcast(scale), inverse = broadcast(1.f / scale);
+  Lanes total = broadcast(0.f);
+  for_each_lanes(group, [&](const Lanes& w, const Lanes& importance) {
+    const Lanes error = codebook.nearest(w * inverse).value * step - w;
+    total = total + importance * (error * error);
+  });
+  return sum(total);
+}
+
+inline float refit_scale(const Group& group, float scale, const Codebook& codebook) {
+  const Lanes inverse = broadcast(1.f / scale);
+  Lanes numerator = broadcast(0.f), denominator = broadcast(0.f);
+  for_each_lanes(group, [&](const Lanes& w, const Lanes& importance) {
+    const Lanes value = codebook.nearest(w * inverse).value;
+    const Lanes weighted = importance * value;
+    numerator = numerator + weighted * w;
+    denominator = denominator + weighted * value;
+  });
+  const float fitted = sum(numerator) / sum(denominator);
+  return fitted > 0.f ? fitted : scale;
+}
+
+inline void search_codebook(const Group& group, const SearchOptions& options, float largest, float* scale,
+                            float* loss) {
+  const Codebook codebook(options);
+  const auto consider = [&](float candidate, bool first) {
+    const float error = squared_error(group, candidate, codebook);
+    if (!first && !(error < *loss)) return;
+    *scale = candidate;
+    *loss = error;
+  };
+  if (largest == 0.f) {  // 1 where zero is an entry; else the scale whose smallest entry is nearest to zero
+    consider(1.f, true);
+    if (*loss > 0.f) consider(representable_scale(0.f, options.scale_type), false);
+    return;
+  }
+  const float base = largest / codebook.reach();
+  for (int step = 0; step < options.steps; ++step) {
+    const float shrink = 1.f - static_cast<float>(step) * options.shrink_step;
+    consider(representable_scale(base * shrink, options.scale_type), step == 0);
+  }
+  if (options.steps > 1) {
+    consider(representable_scale(refit_scale(group, *scale, codebook), options.scale_type), false);
+  }
+}
+
 inline void search_qparams(const float* w, const float* importance, int64_t count, const SearchOptions& options,
                            float* scale, int32_t* zero_point, float* loss) {
   const Group group = {w, importance, count};
@@ -115,6 +163,7 @@ inline void search_qparams(const float* w, const float* importance, int64_t coun
     *scale = *loss = std::numeric_limits<float>::quiet_NaN();
     return;
   }
+  if (options.codebook != nullptr) return search_codebook(group, options, std::max(-low, high), scale, loss);
   if (options.symmetric && options.bits == 1) return search_binary(group, options.scale_type, scale, loss);
 
   const float steps = static_cast<float>((1 << options.bits) - 1);

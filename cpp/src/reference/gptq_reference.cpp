@@ -44,7 +44,20 @@ void gptq_round(const RoundProblem& p, uint8_t* codes, double* loss, double* tie
       const double zero = p.zero_point[row * groups + column / p.group_size];
       const double steps = target / scale;
       double code, rounded;
-      if (options.symmetric && options.bits == 1) {
+      if (options.codebook != nullptr) {
+        const auto distance = [&](int i) { return std::fabs(steps - static_cast<double>(options.codebook[i])); };
+        int nearest = 0;
+        double other = 1e300;
+        for (int i = 1; i < options.codebook_entries; ++i) {
+          if (distance(i) < distance(nearest)) nearest = i;
+        }
+        for (int i = 0; i < options.codebook_entries; ++i) {
+          if (i != nearest) other = std::min(other, distance(i));
+        }
+        code = nearest;
+        rounded = static_cast<double>(options.codebook[nearest]) * scale;
+        tie[row] = std::min(tie[row], 0.5 * (other - distance(nearest)));
+      } else if (options.symmetric && options.bits == 1) {
         code = target >= 0 ? 1 : 0;
         rounded = (2 * code - 1) * scale;
         tie[row] = std::min(tie[row], std::fabs(steps));

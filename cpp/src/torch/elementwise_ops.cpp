@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor> observe_minmax(Tensor x, OptionalInt axis, OptionalIn
 
 std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor importance, int64_t bits, bool symmetric,
                                                   bool narrow_range, int64_t group_size, int64_t grid,
-                                                  double max_shrink, ScalarType scale_dtype) {
+                                                  double max_shrink, ScalarType scale_dtype, OptionalTensor codebook) {
   const FloatType type = float_type(w, "w"), scale_type = float_type(scale_dtype, "scale");
   check(w.dim() == 2, "w has ", w.dim(), " dimensions, not two");
   check(bits >= 1 && bits <= 8, "bits=", bits, " is outside 1..8");
@@ -294,7 +294,9 @@ std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor impor
                                  .narrow_range = narrow_range,
                                  .steps = static_cast<int>(grid),
                                  .shrink_step = static_cast<float>(max_shrink / static_cast<double>(grid)),
-                                 .scale_type = scale_type};
+                                 .scale_type = scale_type,
+                                 .codebook = codebook ? check_codebook_entries(*codebook) : nullptr,
+                                 .codebook_entries = codebook ? static_cast<int>(codebook->numel()) : 0};
   const ElementwiseKernels& kernel = kernels().elementwise;
   const auto* in = static_cast<const char*>(weights.const_data_ptr());
   const float* factors = importance ? static_cast<const float*>(shared.const_data_ptr()) : nullptr;

@@ -2,7 +2,7 @@
 // anything is read.
 //
 // Rows of 8, 4 or 2 bits in the rows layout are summed as they are packed. Other widths, tables in the tiles layout,
-// groups that do not fill vectors and maxima go through codes unpacked to bytes, some rows at a time.
+// groups that do not fill vectors, codebooks and maxima go through codes unpacked to bytes, some rows at a time.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -28,8 +28,9 @@ struct Table {
   const std::byte* scale;
   FloatType scale_type;
   const uint8_t* zero_point;
+  const float* codebook;
 
-  bool binary() const { return shape.bits == 1 && zero_point == nullptr; }
+  bool binary() const { return shape.bits == 1 && zero_point == nullptr && codebook == nullptr; }
   int64_t qparam_at(int64_t row, int64_t group) const {
     return tiled ? group * shape.out_features + row : row * shape.groups() + group;
   }
@@ -58,7 +59,7 @@ class BagReader {
     const TileShape& shape = table.shape;
     const int bits = shape.bits;
     const bool packs_whole = bits == 8 || bits == 4 || bits == 2;
-    packed_ = packs_whole && !table.tiled && mode != Mode::kMax &&
+    packed_ = packs_whole && !table.tiled && mode != Mode::kMax && table.codebook == nullptr &&
               (shape.groups() == 1 || shape.group_size % bag_vector(bits) == 0);
     sum_.resize(static_cast<size_t>(shape.in_features));
   }
@@ -121,6 +122,13 @@ class BagReader {
     }
     unpack();
     const int64_t groups = shape.groups();
+    if (table_.codebook != nullptr) {
+      std::fill_n(out, shape.in_features, 0.f);
+      for (size_t r = 0; r < rows_.size(); ++r) {
+        for (int64_t e = 0; e < shape.in_features; ++e) out[e] += value(r, e);
+      }
+      return;
+    }
     if (groups == 1 || shape.group_size % bag_vector(8) == 0) {
       for (size_t r = 0; r < rows_.size(); ++r) codes_[r] = unpacked_row(r);
       return kernel({codes_.data(), factor_.data(), zero_.data(), count, shape.in_features, shape.group_size, 8}, out);
@@ -144,11 +152,19 @@ class BagReader {
     unpack();
     for (size_t r = 0; r < rows_.size(); ++r) {
       for (int64_t e = 0; e < shape.in_features; ++e) {
-        const size_t qparam = r * static_cast<size_t>(shape.groups()) + static_cast<size_t>(e / shape.group_size);
-        const float value = factor_[qparam] * static_cast<float>(unpacked_row(r)[e] - zero_[qparam]);
-        out[e] = (first && r == 0) || value > out[e] ? value : out[e];
+        const float x = value(r, e);
+        out[e] = (first && r == 0) || x > out[e] ? x : out[e];
       }
     }
+  }
+
+  // Element e of unpacked row r times the row's weight.
+  float value(size_t r, int64_t e) {
+    const TileShape& shape = table_.shape;
+    const size_t qparam = r * static_cast<size_t>(shape.groups()) + static_cast<size_t>(e / shape.group_size);
+    const uint8_t code = unpacked_row(r)[e];
+    return factor_[qparam] *
+           (table_.codebook != nullptr ? table_.codebook[code] : static_cast<float>(code - zero_[qparam]));
   }
 
   // Codes of the rows at hand, one byte each; twice the code of a binary row, whose zero point is 1.
@@ -210,7 +226,8 @@ class Integers {
 Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor per_sample_weights, Tensor qweight,
                                  Tensor scale, OptionalTensor zero_point, int64_t bits, int64_t num_embeddings,
                                  int64_t embedding_dim, int64_t group_size, bool tiled, int64_t mode_index,
-                                 bool include_last_offset, OptionalInt padding_idx, ScalarType dtype) {
+                                 bool include_last_offset, OptionalInt padding_idx, ScalarType dtype,
+                                 OptionalTensor codebook) {
   check(bits >= 1 && bits <= 8, "bits=", bits, " is not in 1..8");
   check(num_embeddings >= 0 && embedding_dim >= 1 && group_size >= 1, "num_embeddings=", num_embeddings,
         ", embedding_dim=", embedding_dim, " or group_size=", group_size, " is out of range");
@@ -262,7 +279,8 @@ Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor 
                        .row_bytes = row_bytes,
                        .scale = static_cast<const std::byte*>(scales.const_data_ptr()),
                        .scale_type = float_type(scales, "scale"),
-                       .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr};
+                       .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr,
+                       .codebook = codebook ? check_codebook_table(*codebook, bits, zero_point) : nullptr};
   Tensor y = new_tensor(qweight, {bags, embedding_dim}, dtype);
   auto* out = static_cast<std::byte*>(y.mutable_data_ptr());
   const float* weight_data = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;

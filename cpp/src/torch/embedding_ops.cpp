@@ -20,6 +20,7 @@ struct Table {
   const void* scale;  // [num_embeddings, groups], transposed when tiled
   FloatType scale_type;
   const uint8_t* zero_point;
+  const float* codebook;
 
   int64_t rows() const { return shape.out_features; }
   int64_t groups() const { return shape.groups(); }
@@ -51,7 +52,9 @@ class RowReader {
       const int64_t begin = g * shape.group_size, end = std::min(begin + shape.group_size, shape.in_features);
       for (int64_t k = begin; k < end; ++k) {
         const auto i = static_cast<size_t>(k);
-        row_[i] = static_cast<float>(times * codes_[i] - zero) * scale;
+        const float value =
+            table_.codebook != nullptr ? table_.codebook[codes_[i]] : static_cast<float>(times * codes_[i] - zero);
+        row_[i] = value * scale;
       }
     }
     kernels().elementwise.from_float(row_.data(), type, out, shape.in_features);
@@ -82,7 +85,7 @@ void check_indices(const Index* indices, int64_t count, int64_t rows) {
 
 Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, OptionalTensor zero_point, int64_t bits,
                              int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,
-                             ScalarType dtype) {
+                             ScalarType dtype, OptionalTensor codebook) {
   check(bits >= 1 && bits <= 8, "bits=", bits, " is not in 1..8");
   check(num_embeddings >= 0 && embedding_dim >= 0 && group_size >= 1, "num_embeddings=", num_embeddings,
         ", embedding_dim=", embedding_dim, " or group_size=", group_size, " is out of range");
@@ -130,7 +133,8 @@ Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Optio
                        .codes = static_cast<const uint8_t*>(codes.const_data_ptr()),
                        .scale = scales.const_data_ptr(),
                        .scale_type = float_type(scales, "scale"),
-                       .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr};
+                       .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr,
+                       .codebook = codebook ? check_codebook_table(*codebook, bits, zero_point) : nullptr};
   auto* out = static_cast<std::byte*>(y.mutable_data_ptr());
   const auto row_bytes = static_cast<size_t>(embedding_dim) * (type == FloatType::kFloat32 ? 4 : 2);
   parallel_for(count, ceil_div(kGrain, embedding_dim), [&](int64_t begin, int64_t end) {

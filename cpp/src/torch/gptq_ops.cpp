@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                                                       OptionalTensor zero_point, OptionalTensor importance,
                                                       int64_t bits, bool symmetric, bool narrow_range,
                                                       int64_t group_size, int64_t grid, double max_shrink,
-                                                      ScalarType scale_dtype) {
+                                                      ScalarType scale_dtype, OptionalTensor codebook) {
   const FloatType type = float_type(weight, "weight"), scale_type = float_type(scale_dtype, "scale");
   check(weight.dim() == 2, "weight has ", weight.dim(), " dimensions, not two");
   const int64_t rows = weight.size(0), columns = weight.size(1);
@@ -213,7 +213,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                   .narrow_range = narrow_range,
                   .steps = static_cast<int>(grid),
                   .shrink_step = static_cast<float>(max_shrink / static_cast<double>(grid)),
-                  .scale_type = scale_type},
+                  .scale_type = scale_type,
+                  .codebook = codebook ? check_codebook_entries(*codebook) : nullptr,
+                  .codebook_entries = codebook ? static_cast<int>(codebook->numel()) : 0},
       .importance = importance ? static_cast<const float*>(column_weights.const_data_ptr()) : nullptr,
       .scale = static_cast<float*>(scales.mutable_data_ptr()),
       .zero_point = static_cast<int32_t*>(zero_points.mutable_data_ptr()),

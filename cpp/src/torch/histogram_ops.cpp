@@ -53,7 +53,10 @@ Tensor histogram_update_(Tensor counts, Tensor x, double low, double high) {
       for (int64_t at = count * chunk / chunks; at < chunk_end; at += kMaxHistogramCount) {
         std::fill(copies.begin(), copies.end(), 0u);
         nans += kernel(in + at * bytes, type, std::min(kMaxHistogramCount, chunk_end - at), range, copies.data());
-        for (size_t i = 0; i < copies.size(); ++i) totals[i % totals.size()] += copies[i];
+        const uint32_t* copy = copies.data();
+        for (int64_t n = 0; n < kHistogramCopies; ++n, copy += bins) {
+          for (int64_t bin = 0; bin < bins; ++bin) totals[static_cast<size_t>(bin)] += copy[bin];
+        }
       }
     }
   });

@@ -216,8 +216,9 @@ T single(const Tensor& tensor, ScalarType type, const char* name) {
 }  // namespace
 
 Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias,
-                          int64_t bits, int64_t out_features, int64_t group_size) {
-  const Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
+                          int64_t bits, int64_t out_features, int64_t group_size, OptionalTensor codebook) {
+  Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
+  if (codebook) l.weight.codebook = check_codebook_table(*codebook, bits, zero_point);
   Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
   if (l.rows == 0 || l.out() == 0) return y;
   const MatmulKernels& kernel = kernels().matmul;

@@ -26,7 +26,8 @@ Tensor dequantize(Tensor q, Tensor scale, Tensor zero_point, OptionalInt axis, O
 std::tuple<Tensor, Tensor> observe_minmax(Tensor x, OptionalInt axis, OptionalInt group_size);
 std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor importance, int64_t bits, bool symmetric,
                                                   bool narrow_range, int64_t group_size, int64_t grid,
-                                                  double max_shrink, torch::headeronly::ScalarType scale_dtype);
+                                                  double max_shrink, torch::headeronly::ScalarType scale_dtype,
+                                                  OptionalTensor codebook);
 
 // training_ops.cpp
 Tensor fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
@@ -50,13 +51,13 @@ Tensor unpack_tiles(Tensor packed, int64_t bits, int64_t out_features, int64_t i
 
 // linear_ops.cpp
 Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias,
-                          int64_t bits, int64_t out_features, int64_t group_size);
+                          int64_t bits, int64_t out_features, int64_t group_size, OptionalTensor codebook);
 Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
                    int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point);
 // embedding_ops.cpp: `tiled` says which layout qweight is in (a table shared with the output head is tiled).
 Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, OptionalTensor zero_point, int64_t bits,
                              int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,
-                             torch::headeronly::ScalarType dtype);
+                             torch::headeronly::ScalarType dtype, OptionalTensor codebook);
 
 // gptq_ops.cpp: `tiles` is the lower triangle of a Hessian as gptq.h stores it.
 void hessian_update_(Tensor tiles, Tensor x);
@@ -65,20 +66,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                                                       OptionalTensor zero_point, OptionalTensor importance,
                                                       int64_t bits, bool symmetric, bool narrow_range,
                                                       int64_t group_size, int64_t grid, double max_shrink,
-                                                      torch::headeronly::ScalarType scale_dtype);
+                                                      torch::headeronly::ScalarType scale_dtype,
+                                                      OptionalTensor codebook);
 
 // recurrent_ops.cpp: `cell` is a Cell of recurrent.h; the last result is the cell state, empty where there is none. The
 // state of one step is an LSTM's cell state or a GRU's hidden state.
 std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,
                                              OptionalTensor zero_point, OptionalTensor bias, int64_t cell, int64_t bits,
-                                             int64_t group_size, bool int8, bool reverse, OptionalTensor batch_sizes);
+                                             int64_t group_size, bool int8, bool reverse, OptionalTensor batch_sizes,
+                                             OptionalTensor codebook);
 std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
 
 // embedding_bag_ops.cpp: mode is 0 sum, 1 mean, 2 max.
 Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor per_sample_weights, Tensor qweight,
                                  Tensor scale, OptionalTensor zero_point, int64_t bits, int64_t num_embeddings,
                                  int64_t embedding_dim, int64_t group_size, bool tiled, int64_t mode,
-                                 bool include_last_offset, OptionalInt padding_idx,
-                                 torch::headeronly::ScalarType dtype);
+                                 bool include_last_offset, OptionalInt padding_idx, torch::headeronly::ScalarType dtype,
+                                 OptionalTensor codebook);
 
 }  // namespace halfbyte::ops

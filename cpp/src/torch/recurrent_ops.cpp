@@ -58,7 +58,8 @@ void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, con
 class HiddenWeight {
  public:
   HiddenWeight(const Tensor& qweight, const Tensor& scale, const OptionalTensor& zero_point, const OptionalTensor& bias,
-               int64_t out_features, int64_t in_features, int64_t bits, int64_t group_size)
+               const OptionalTensor& codebook, int64_t out_features, int64_t in_features, int64_t bits,
+               int64_t group_size)
       : qweight_(as_contiguous(qweight)), scale_(as_contiguous(scale)) {
     check(bits >= 1 && bits <= 8, "bits=", bits, " is outside 1..8");
     check(group_size >= 1 && in_features % group_size == 0, "group_size=", group_size, " does not divide ",
@@ -83,6 +84,7 @@ class HiddenWeight {
     }
     weight_ = {shape, static_cast<const uint8_t*>(qweight_.const_data_ptr()), scale_.const_data_ptr(),
                float_type(scale, "scale"), zeros};
+    if (codebook) weight_.codebook = check_codebook_table(*codebook, bits, zero_point);
   }
 
   const TiledWeight& get() const { return weight_; }
@@ -181,7 +183,7 @@ struct Steps {
 std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,
                                              OptionalTensor zero_point, OptionalTensor bias, int64_t cell_index,
                                              int64_t bits, int64_t group_size, bool int8, bool reverse,
-                                             OptionalTensor batch_sizes) {
+                                             OptionalTensor batch_sizes, OptionalTensor codebook) {
   const Cell cell = cell_of(cell_index);
   check_type(x_gates, ScalarType::Float, "x_gates");
   check_type(h0, ScalarType::Float, "h0");
@@ -196,7 +198,8 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
         " columns");
   check(hidden > 0, "hidden is 0");
   const Steps steps(x_gates, batch_sizes, batch);
-  const HiddenWeight weight(qweight, scale, zero_point, bias, gates * hidden, hidden, bits, group_size);
+  check(!codebook || !int8, "a codebook needs float activations");
+  const HiddenWeight weight(qweight, scale, zero_point, bias, codebook, gates * hidden, hidden, bits, group_size);
 
   const Tensor x = as_contiguous(x_gates);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());

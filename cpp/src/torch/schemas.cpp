@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def("observe_minmax(Tensor x, int? axis, int? group_size) -> (Tensor, Tensor)");
   m.def(
       "search_qparams(Tensor w, Tensor? importance, int bits, bool symmetric, bool narrow_range, int group_size, "
-      "int grid, float max_shrink, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor)");
+      "int grid, float max_shrink, ScalarType scale_dtype, Tensor? codebook=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, "
       "int? group_size, float grad_factor) -> Tensor");
@@ -37,30 +37,31 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "Tensor");
   m.def(
       "linear_weight_only(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
-      "int out_features, int group_size) -> Tensor");
+      "int out_features, int group_size, Tensor? codebook=None) -> Tensor");
   m.def(
       "linear_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
       "int out_features, int group_size, Tensor? act_scale, Tensor? act_zero_point) -> Tensor");
   m.def(
       "embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Tensor? zero_point, int bits, "
-      "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype) -> Tensor");
+      "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype, Tensor? codebook=None) "
+      "-> Tensor");
   m.def("hessian_update_(Tensor(a!) tiles, Tensor x) -> ()");
   m.def("hessian_matrix(Tensor tiles, int features) -> Tensor");
   m.def(
       "gptq_round(Tensor weight, Tensor factor, Tensor order, Tensor? scale, Tensor? zero_point, Tensor? importance, "
       "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType "
-      "scale_dtype) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "scale_dtype, Tensor? codebook=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "recurrent(Tensor x_gates, Tensor h0, Tensor? c0, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? "
       "bias, "
-      "int cell, int bits, int group_size, bool int8, bool reverse, Tensor? batch_sizes) -> (Tensor, Tensor, Tensor)");
+      "int cell, int bits, int group_size, bool int8, bool reverse, Tensor? batch_sizes, Tensor? codebook=None) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
   m.def(
       "embedding_bag_weight_only(Tensor indices, Tensor offsets, Tensor? per_sample_weights, Tensor qweight, Tensor "
       "scale, "
       "Tensor? zero_point, int bits, int num_embeddings, int embedding_dim, int group_size, bool tiled, int mode, "
-      "bool include_last_offset, int? padding_idx, ScalarType dtype) -> Tensor");
+      "bool include_last_offset, int? padding_idx, ScalarType dtype, Tensor? codebook=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {

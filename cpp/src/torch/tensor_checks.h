@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 
+#include "halfbyte/elementwise.h"
 #include "halfbyte/types.h"
 #include "ops.h"
 
@@ -46,6 +48,28 @@ inline void check_type(const Tensor& tensor, ScalarType type, const char* name) 
 inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
   check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must have shape [", rows,
         ", ", columns, "]");
+}
+
+// Entries of a codebook that is to be rounded to: increasing numbers, a code for each.
+inline const float* check_codebook_entries(const Tensor& entries) {
+  check_type(entries, ScalarType::Float, "codebook");
+  check(entries.dim() == 1 && entries.is_contiguous() && entries.numel() >= 2 && entries.numel() <= kCodebookEntries,
+        "codebook must be a contiguous vector of 2 to ", kCodebookEntries, " entries");
+  const auto* values = static_cast<const float*>(entries.const_data_ptr());
+  for (int64_t i = 0; i < entries.numel(); ++i) {
+    check(std::isfinite(values[i]) && (i == 0 || values[i - 1] < values[i]), "codebook[", i, "]=", values[i],
+          " is not finite or not above the entry before it");
+  }
+  return values;
+}
+
+// A codebook as kernels look codes up in it: an entry for every 4-bit code, whatever the width.
+inline const float* check_codebook_table(const Tensor& table, int64_t bits, const OptionalTensor& zero_point) {
+  check_type(table, ScalarType::Float, "codebook");
+  check(table.dim() == 1 && table.is_contiguous() && table.numel() == kCodebookEntries,
+        "codebook must be a contiguous vector of ", kCodebookEntries, " entries");
+  check(bits <= 4 && !zero_point, "a codebook needs codes of at most 4 bits without zero points");
+  return static_cast<const float*>(table.const_data_ptr());
 }
 
 // The tensor itself, or a contiguous copy.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.algorithms.rounding import MSE, RoundedLayer
-from halfbyte.formats import IntFormat
+from halfbyte.errors import QuantizationError
+from halfbyte.formats import IntFormat, PackedFormat
 from halfbyte.hessian import InputHessian
 from halfbyte.nn.packed_weight import WeightCodes
 
@@ -64,12 +65,18 @@ class AdaRound:
         """Always."""
         return True
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
         return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)
 
-    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
-        """Rounds a whole weight."""
+    def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
+        """Rounds a whole weight.
+
+        Raises:
+            QuantizationError: a codebook, whose values are not evenly spaced.
+        """
+        if not isinstance(weight_format, IntFormat):
+            raise QuantizationError(f"{name}: AdaRound rounds to integers, not to {weight_format}; use hb.GPTQ()")
         hessian = inputs.matrix()
         importance = hessian.diagonal().float()
         nearest = self.round(weight, weight_format, importance)

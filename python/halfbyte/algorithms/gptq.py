@@ -16,7 +16,7 @@ from halfbyte import ops
 from halfbyte.algorithms.rounding import MSE, RoundedLayer
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import IntFormat, PerTensor
+from halfbyte.formats import CodebookFormat, IntFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian, reversed_cholesky
 from halfbyte.nn.packed_weight import WeightCodes
 
@@ -63,11 +63,11 @@ class GPTQ:
         """Always."""
         return True
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
         return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)
 
-    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
+    def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
         """Rounds a whole weight.
 
         Raises:
@@ -89,6 +89,8 @@ class GPTQ:
         order = self._order(importance, group_size)
         factor, damping = reversed_cholesky(hessian, self.damping, order)
         del hessian, diagonal
+        narrow_range = isinstance(weight_format, IntFormat) and weight_format.narrow_range
+        entries = weight_format.entries() if isinstance(weight_format, CodebookFormat) else None
         static = None
         if self.group_scales == "static":
             static = ops.search_qparams(
@@ -96,18 +98,19 @@ class GPTQ:
                 importance,
                 bits=weight_format.bits,
                 symmetric=weight_format.symmetric,
-                narrow_range=weight_format.narrow_range,
+                narrow_range=narrow_range,
                 group_size=group_size,
                 grid=self.grid,
                 max_shrink=self.max_shrink,
                 scale_dtype=weight_format.scale_dtype,
+                codebook=entries,
             )
         codes, scale, zero_point, _ = ops.gptq_round(
             weight,
             factor,
             bits=weight_format.bits,
             symmetric=weight_format.symmetric,
-            narrow_range=weight_format.narrow_range,
+            narrow_range=narrow_range,
             group_size=group_size,
             order=order,
             scale=None if static is None else static[0],
@@ -117,13 +120,15 @@ class GPTQ:
             grid=self.grid,
             max_shrink=self.max_shrink,
             scale_dtype=weight_format.scale_dtype,
+            codebook=entries,
         )
         fallbacks: tuple[Fallback, ...] = ()
         if damping != self.damping:
             message = f"its Hessian could not be factored with damping={self.damping:g}: {damping:g} is used"
             fallbacks = (Fallback(name, "damping", message),)
         zero = None if weight_format.symmetric else zero_point.to(torch.uint8)
-        return RoundedLayer(WeightCodes(codes, scale, zero), fallbacks)
+        table = weight_format.table() if isinstance(weight_format, CodebookFormat) else None
+        return RoundedLayer(WeightCodes(codes, scale, zero, table), fallbacks)
 
     def _order(self, importance: Tensor, group_size: int) -> Tensor:
         if not self.act_order:

@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from halfbyte import ops
+from halfbyte import functional, ops
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
-from halfbyte.formats import IntFormat, PerTensor
+from halfbyte.formats import CodebookFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian
 from halfbyte.nn.packed_weight import WeightCodes
 
@@ -25,7 +25,7 @@ class Rounding(Protocol):
         """Whether calibration data must be given."""
         ...
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Integers and qparams of some rows of a weight.
 
         Args:
@@ -51,7 +51,7 @@ class HessianRounding(Rounding, Protocol):
     Its `round` is called for what has no such inputs: tables.
     """
 
-    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
+    def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
         """Integers and qparams of a weight.
 
         Args:
@@ -65,7 +65,7 @@ class HessianRounding(Rounding, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RTN:
-    """Round to nearest on the range of each group: min to max, nothing searched.
+    """Round to nearest on the range of each group: min to max, nothing searched. With a codebook: on `absmax`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32))
@@ -77,7 +77,7 @@ class RTN:
         """Never."""
         return False
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Integers on the min/max grid; `importance` is not used."""
         return _round_to_searched_grid(weight, weight_format, None, grid=1, max_shrink=0.0)
 
@@ -118,7 +118,7 @@ class MSE:
         """With `weighting="data"`."""
         return self.weighting == "data"
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Integers on the grid with the smallest (weighted) squared error."""
         if self.weighting == "data" and importance is None:
             raise QuantizationError("MSE(weighting='data') needs calibration data; pass data=... or weighting='auto'")
@@ -126,15 +126,33 @@ class MSE:
         return _round_to_searched_grid(weight, weight_format, weights, grid=self.grid, max_shrink=self.max_shrink)
 
 
-def default_rounding(weight_format: IntFormat) -> Rounding:
-    """What is used when no algorithm is named: min/max at 8 bits, where nothing is gained by clipping; MSE below."""
-    return RTN() if weight_format.bits == 8 else MSE()
+def default_rounding(weight_format: PackedFormat) -> Rounding:
+    """What is used when no algorithm is named: min/max at 8 bits, where nothing is gained by clipping; MSE below.
+
+    Codebooks such as NF4 are defined with the largest magnitude of a group as its scale, so that is what they get.
+    """
+    return RTN() if weight_format.bits == 8 or isinstance(weight_format, CodebookFormat) else MSE()
 
 
 def _round_to_searched_grid(
-    weight: Tensor, weight_format: IntFormat, importance: Tensor | None, *, grid: int, max_shrink: float
+    weight: Tensor, weight_format: PackedFormat, importance: Tensor | None, *, grid: int, max_shrink: float
 ) -> WeightCodes:
     group_size = weight_format.group_size(weight.shape[1])
+    if isinstance(weight_format, CodebookFormat):
+        entries = weight_format.entries()
+        scale, _, _ = ops.search_qparams(
+            weight,
+            importance,
+            bits=weight_format.bits,
+            symmetric=True,
+            group_size=group_size,
+            grid=grid,
+            max_shrink=max_shrink,
+            scale_dtype=weight_format.scale_dtype,
+            codebook=entries,
+        )
+        codes = functional.quantize_codebook(weight, scale, entries, group_size=group_size)
+        return WeightCodes(codes, scale, None, weight_format.table())
     per_tensor = weight_format.granularity == PerTensor()
     if per_tensor and importance is not None:
         importance = importance.expand(weight.shape).reshape(1, -1)

@@ -6,7 +6,8 @@ One safetensors file (https://huggingface.co/docs/safetensors). Its tensors are 
 names (`model.layers.0.mlp.up_proj.qweight`), each stored once: parameters, buffers, and the buffers of quantized modules:
 
 - `qweight`, uint8: codes in one of the two layouts of `cpp/include/halfbyte/packing.h`, which do not depend on the CPU;
-- `scale`, and for asymmetric formats `zero_point` (uint8): `[G, O]` in the tiles layout, `[O, G]` in the rows layout.
+- `scale`, and for asymmetric formats `zero_point` (uint8): `[G, O]` in the tiles layout, `[O, G]` in the rows layout;
+- `codebook`, `[16]` float32, for codebook formats: the value of each code, the last one repeated for codes that do not occur.
 
 No float weight of a quantized module is stored, so nothing can be derived anew from rounded floats. Non-persistent buffers
 (rotary tables, masks) are stored too: a model built on the meta device is complete after loading.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from halfbyte.errors import FileFormatError, QuantizationError
+from halfbyte.formats import CodebookFormat
 from halfbyte.fusion import FUSED_TYPES, fold_structure
 from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
@@ -71,6 +72,7 @@ def load_(skeleton: M, path: str | os.PathLike[str]) -> M:
                 slots = _slots_to_fill(skeleton, manifest)
                 _check_tensors(slots, manifest)
                 tensors = {name: _read_checked(reader, manifest, name) for name in manifest.tensors}
+                _check_codebooks(manifest, tensors)
         except FileFormatError as error:
             raise FileFormatError(f"cannot load {path}: {error}") from error
         _fill(skeleton, manifest, slots, tensors)
@@ -260,6 +262,17 @@ def _read_checked(reader: Reader, manifest: Manifest, name: str) -> Tensor:
     return tensor
 
 
+def _check_codebooks(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Checks that the tables which kernels will read hold the values of their formats."""
+    for name, entry in manifest.modules.items():
+        if not isinstance(entry.scheme.weight, CodebookFormat):
+            continue
+        stored_name = manifest.stored_name(f"{name}.codebook")
+        assert stored_name is not None  # its shape was checked
+        if not torch.equal(tensors[stored_name], entry.scheme.weight.table()):
+            raise FileFormatError(f"the codebook of module {name!r} is not that of its format; get the file again")
+
+
 class _Contents:
     """Tensors of a file, and the parameters made of them: one for each stored tensor, so that what was tied is tied."""
 
@@ -298,7 +311,12 @@ class _Contents:
             return HalfEmbedding(entry.scheme, weight, dtype, old.padding_idx)
         buffers = {buffer: self.tensor(f"{name}.{buffer}") for buffer in entry.tensors()}
         packed = PackedWeight(
-            buffers["qweight"], buffers["scale"], buffers.get("zero_point"), entry.layout, entry.shape
+            buffers["qweight"],
+            buffers["scale"],
+            buffers.get("zero_point"),
+            entry.layout,
+            entry.shape,
+            buffers.get("codebook"),
         )
         if isinstance(old, nn.Linear):
             activation = (buffers["act_scale"], buffers["act_zero_point"]) if entry.scheme.static else None

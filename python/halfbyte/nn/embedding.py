@@ -47,6 +47,7 @@ class QuantizedEmbedding(QuantizedModule):
             group_size=self.group_size,
             tiled=self.layout == "tiles",
             dtype=self.dtype,
+            codebook=self.codebook,
         )
 
     def extra_repr(self) -> str:

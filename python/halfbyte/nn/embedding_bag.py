@@ -74,6 +74,7 @@ class QuantizedEmbeddingBag(nn.Module):
                 include_last_offset=include_last_offset,
                 padding_idx=self.padding_idx,
                 dtype=table.dtype,
+                codebook=table.codebook,
             )
         assert isinstance(table, nn.Embedding | HalfEmbedding)
         if per_sample_weights is not None:

@@ -14,7 +14,9 @@ from halfbyte.schemes import Scheme
 
 
 class QuantizedLinear(QuantizedModule):
-    """`y = x Wᵀ + b` with W in 1 to 8 bits and x in floating point or INT8, its scales found per token or in calibration.
+    """`y = x Wᵀ + b` with W in 1 to 8 bits or from a codebook and x in floating point or INT8.
+
+    Scales of INT8 inputs are found per token or in calibration.
 
     Args:
         scheme: Weight and activation formats.
@@ -62,6 +64,7 @@ class QuantizedLinear(QuantizedModule):
                 bits=self.bits,
                 out_features=self.out_features,
                 group_size=self.group_size,
+                codebook=self.codebook,
             )
         return ops.linear_int8(
             x,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte import ops
-from halfbyte.formats import IntFormat
+from halfbyte import functional, ops
+from halfbyte.formats import CODEBOOK_ENTRIES, CodebookFormat, PackedFormat
 from halfbyte.ops import Layout
 
 PANEL = 16  # outputs in one panel of the tiles layout
@@ -23,17 +23,22 @@ class WeightCodes:
     """What rounding gives for some rows of a weight.
 
     Attributes:
-        codes: `[O, I]`, int8 for symmetric formats, uint8 for asymmetric ones and for binary (0 is -scale, 1 is +scale).
+        codes: `[O, I]`, int8 for symmetric formats, uint8 for asymmetric ones, for binary (0 is -scale, 1 is +scale) and for
+            codebooks.
         scale: `[O, G]` in the format's `scale_dtype`.
         zero_point: `[O, G]` uint8, or None for symmetric formats.
+        codebook: `[16]` float32, `CodebookFormat.table()`, or None for integers.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    codebook: Tensor | None = None
 
     def dequantize(self, group_size: int) -> Tensor:
         """`[O, I]` float32."""
+        if self.codebook is not None:
+            return functional.dequantize_codebook(self.codes, self.scale, self.codebook, group_size=group_size)
         if self.zero_point is None and self.codes.dtype == torch.uint8:  # binary
             signs = self.codes.to(torch.int8).mul_(2).sub_(1)
             return ops.dequantize(signs, self.scale.float(), _zeros(self.scale), group_size=group_size)
@@ -51,6 +56,7 @@ class PackedWeight:
         zero_point: uint8 of `scale`'s shape, or None.
         layout: Which of the two layouts.
         shape: `(O, I)`.
+        codebook: `[16]` float32 values that codes stand for, or None for integers.
     """
 
     qweight: Tensor
@@ -58,8 +64,9 @@ class PackedWeight:
     zero_point: Tensor | None
     layout: Layout
     shape: tuple[int, int]
+    codebook: Tensor | None = None
 
-    def codes(self, weight_format: IntFormat) -> WeightCodes:
+    def codes(self, weight_format: PackedFormat) -> WeightCodes:
         """The integers and qparams, unpacked."""
         group_size = weight_format.group_size(self.shape[1])
         codes = ops.unpack(
@@ -71,17 +78,22 @@ class PackedWeight:
             signed=weight_format.signed and not weight_format.binary,
         )
         if self.layout == "rows":
-            return WeightCodes(codes, self.scale, self.zero_point)
+            return WeightCodes(codes, self.scale, self.zero_point, self.codebook)
         zero_point = None if self.zero_point is None else self.zero_point.t().contiguous()
-        return WeightCodes(codes, self.scale.t().contiguous(), zero_point)
+        return WeightCodes(codes, self.scale.t().contiguous(), zero_point, self.codebook)
 
-    def dequantize(self, weight_format: IntFormat) -> Tensor:
+    def dequantize(self, weight_format: PackedFormat) -> Tensor:
         """`[O, I]` float32: exactly the numbers that the kernels multiply with."""
         return self.codes(weight_format).dequantize(weight_format.group_size(self.shape[1]))
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The tensors by buffer name."""
-        return {"qweight": self.qweight, "scale": self.scale, "zero_point": self.zero_point}
+        return {
+            "qweight": self.qweight,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "codebook": self.codebook,
+        }
 
 
 class WeightPacker:
@@ -93,10 +105,12 @@ class WeightPacker:
         shape: `(O, I)` of the whole weight.
     """
 
-    def __init__(self, weight_format: IntFormat, layout: Layout, shape: tuple[int, int]) -> None:
+    def __init__(self, weight_format: PackedFormat, layout: Layout, shape: tuple[int, int]) -> None:
         self._format, self._layout, self._shape = weight_format, layout, shape
         shapes = packed_shapes(weight_format, layout, shape)
         self._tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
+        if isinstance(weight_format, CodebookFormat):
+            self._tensors["codebook"] = weight_format.table()
         self._rows = 0
 
     def add(self, part: WeightCodes) -> None:
@@ -118,11 +132,18 @@ class WeightPacker:
         """The whole weight, once all rows are in."""
         assert self._rows == self._shape[0]
         tensors = self._tensors
-        return PackedWeight(tensors["qweight"], tensors["scale"], tensors.get("zero_point"), self._layout, self._shape)
+        return PackedWeight(
+            tensors["qweight"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            self._layout,
+            self._shape,
+            tensors.get("codebook"),
+        )
 
 
 def packed_shapes(
-    weight_format: IntFormat, layout: Layout, shape: tuple[int, int]
+    weight_format: PackedFormat, layout: Layout, shape: tuple[int, int]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a packed weight of `shape` `(O, I)`: what a file must hold."""
     out_features, in_features = shape
@@ -136,11 +157,13 @@ def packed_shapes(
     }
     if not weight_format.symmetric:
         shapes["zero_point"] = (s_shape, torch.uint8)
+    if isinstance(weight_format, CodebookFormat):
+        shapes["codebook"] = ((CODEBOOK_ENTRIES,), torch.float32)
     return shapes
 
 
-def packed_bytes(weight_format: IntFormat, layout: Layout, shape: tuple[int, int]) -> int:
-    """Bytes of codes, scales and zero points, padding included."""
+def packed_bytes(weight_format: PackedFormat, layout: Layout, shape: tuple[int, int]) -> int:
+    """Bytes of codes, scales, zero points and codebook, padding included."""
     return sum(
         torch.Size(s).numel() * dtype.itemsize for s, dtype in packed_shapes(weight_format, layout, shape).values()
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from halfbyte.formats import IntFormat
+from halfbyte.formats import CodebookFormat, IntFormat, PackedFormat
 from halfbyte.nn.packed_weight import PackedWeight
 from halfbyte.ops import Layout
 from halfbyte.schemes import Scheme
@@ -19,17 +19,18 @@ ACTIVATION_BUFFERS = {
 
 
 class QuantizedModule(nn.Module):
-    """Base of modules with integer weights.
+    """Base of modules with weights in packed codes.
 
-    Buffers `qweight`, `scale`, for asymmetric formats `zero_point` and for static activations `act_scale` and `act_zero_point`
-    are plain tensors, so `state_dict`, `deepcopy`,
-    pickle, `torch.compile` and `torch.export` need nothing special. Casting the model (`model.half()`) changes the dtype of
-    activations and biases, never that of the scales: integers without their exact scales are another model.
+    Buffers `qweight`, `scale`, for asymmetric formats `zero_point`, for codebooks `codebook` and for static activations
+    `act_scale` and `act_zero_point` are plain tensors, so `state_dict`, `deepcopy`, pickle, `torch.compile` and
+    `torch.export` need nothing special. Casting the model (`model.half()`) changes the dtype of activations and biases,
+    never that of the scales: integers without their exact scales are another model.
     """
 
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    codebook: Tensor | None
 
     act_scale: Tensor | None
     act_zero_point: Tensor | None
@@ -42,8 +43,8 @@ class QuantizedModule(nn.Module):
         activation: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(scheme.weight, IntFormat):
-            raise TypeError(f"{type(self).__name__} needs integer weights, not {scheme.weight}")
+        if not isinstance(scheme.weight, IntFormat | CodebookFormat):
+            raise TypeError(f"{type(self).__name__} needs integer or codebook weights, not {scheme.weight}")
         self.scheme = scheme
         self.layout: Layout = weight.layout
         self.dtype = dtype
@@ -58,16 +59,16 @@ class QuantizedModule(nn.Module):
             self.register_buffer(name, number)
 
     @property
-    def weight_format(self) -> IntFormat:
+    def weight_format(self) -> PackedFormat:
         """Format of the weights."""
         weight_format = self.scheme.weight
-        assert isinstance(weight_format, IntFormat)
+        assert isinstance(weight_format, IntFormat | CodebookFormat)
         return weight_format
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The buffers with their layout and shape."""
-        return PackedWeight(self.qweight, self.scale, self.zero_point, self.layout, self._weight_shape)
+        return PackedWeight(self.qweight, self.scale, self.zero_point, self.layout, self._weight_shape, self.codebook)
 
     def dequantize(self) -> Tensor:
         """The weight `[O, I]` in float32: exactly the numbers that the kernels multiply with."""

@@ -179,6 +179,7 @@ class QuantizedRecurrent(nn.Module):
                 int8=hh.scheme.activation is not None,
                 reverse=reverse,
                 batch_sizes=batch_sizes,
+                codebook=hh.codebook,
             )
         else:
             output, h, c = _run_steps(self.cell, x_gates, hh, hr, h, c, batch_sizes, reverse=reverse)

@@ -33,6 +33,33 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits={bits} is outside 1..8")
 
 
+def check_codebook(codebook: Tensor | None, bits: int, zero_point: Tensor | None) -> None:
+    """Raises unless `codebook` is None or a table for codes of at most 4 bits without zero points."""
+    if codebook is None:
+        return
+    if codebook.dtype is not torch.float32:
+        raise TypeError(f"codebook has dtype {codebook.dtype}; use torch.float32")
+    if codebook.shape != (16,):
+        raise ValueError(
+            f"codebook has shape {tuple(codebook.shape)}; it needs (16,): hb.CodebookFormat(values).table() makes one"
+        )
+    if bits > 4 or zero_point is not None:
+        given = "none" if zero_point is None else "one"
+        raise ValueError(f"a codebook needs bits of at most 4 and no zero_point; bits={bits}, and there is {given}")
+
+
+def check_codebook_entries(codebook: Tensor | None) -> None:
+    """Raises unless `codebook` is None or values that can be rounded to."""
+    if codebook is None:
+        return
+    if codebook.dtype is not torch.float32:
+        raise TypeError(f"codebook has dtype {codebook.dtype}; use torch.float32")
+    if codebook.dim() != 1 or not 2 <= codebook.numel() <= 16:
+        raise ValueError(f"codebook has shape {tuple(codebook.shape)}; use 2 to 16 values")
+    if not bool(codebook.isfinite().all()) or not bool((codebook[1:] > codebook[:-1]).all()):
+        raise ValueError(f"codebook={codebook.tolist()} is not finite and increasing; torch.unique(values) sorts them")
+
+
 def check_range(qmin: int, qmax: int) -> None:
     """Raises ValueError unless `qmin <= qmax` and both fit the kernels."""
     if not -MAX_CODE <= qmin <= qmax <= MAX_CODE:

@@ -15,6 +15,7 @@ import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.ops.checks import (
     FLOAT_DTYPES,
     check_bits,
+    check_codebook_entries,
     check_codes,
     check_float,
     check_group_size,
@@ -214,6 +215,7 @@ def search_qparams(
     grid: int = 80,
     max_shrink: float = 0.8,
     scale_dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scales (and zero points) of a weight that minimise `sum(importance * (x_hat - w)**2)` in every group.
 
@@ -232,6 +234,8 @@ def search_qparams(
         grid: Number of ranges to try.
         max_shrink: Largest part of the range to cut off, in [0, 1).
         scale_dtype: float32, bfloat16 or float16.
+        codebook: `[n]` float32, 2 to 16 increasing values: `x̂` is `scale` times the nearest one, the whole range is
+            `absmax / largest value`, and `bits`, `symmetric` and `narrow_range` play no part.
 
     Returns:
         `(scale, zero_point, loss)`, each `[O, I // group_size]`: `scale` in `scale_dtype`, at least the smallest normal
@@ -269,8 +273,9 @@ def search_qparams(
                 f"importance has shape {tuple(importance.shape)}; use {tuple(w.shape[1:])} or {tuple(w.shape)}"
             )
         importance = importance.detach().float()
+    check_codebook_entries(codebook)
     scale, zero_point, loss = _search_qparams(
-        w.detach(), importance, bits, symmetric, narrow_range, group, grid, max_shrink, scale_dtype
+        w.detach(), importance, bits, symmetric, narrow_range, group, grid, max_shrink, scale_dtype, codebook
     )
     return scale, zero_point, loss
 
@@ -332,6 +337,7 @@ def _search_qparams_fake(
     grid: int,
     max_shrink: float,
     scale_dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (w.shape[0], w.shape[1] // group_size)
     return (
@@ -386,4 +392,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _straight_through(ctx, grad, None)
+        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second derivative
+            return _straight_through(ctx, grad, None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _straight_through(ctx, grad, None)

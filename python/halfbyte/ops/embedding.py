@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codes, check_float, check_group_size
+from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_codes, check_float, check_group_size
 from halfbyte.ops.packing import packed_shape
 
 __all__ = ["embedding_weight_only"]
@@ -26,6 +26,7 @@ def embedding_weight_only(
     group_size: int | None = None,
     tiled: bool = False,
     dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """Gathers rows `(u - zero_point) * scale` of a table of `V` rows of length `D`.
 
@@ -40,6 +41,7 @@ def embedding_weight_only(
         group_size: Elements of a row that share a scale; None: all of it.
         tiled: Whether the table is that of an output layer, in the tiles layout.
         dtype: dtype of the output: float32, bfloat16 or float16.
+        codebook: As in `linear_weight_only`: rows are `codebook[u] * scale`.
 
     Returns:
         `[*indices.shape, D]`.
@@ -82,9 +84,10 @@ def embedding_weight_only(
         check_codes(zero_point, "zero_point", (torch.uint8,))
         if zero_point.shape != qparams:
             raise ValueError(f"zero_point has shape {tuple(zero_point.shape)}; it needs {qparams}, as scale")
+    check_codebook(codebook, bits, zero_point)
     try:
         y: Tensor = _embedding_weight_only(
-            indices, qweight, scale, zero_point, bits, num_embeddings, embedding_dim, group, tiled, dtype
+            indices, qweight, scale, zero_point, bits, num_embeddings, embedding_dim, group, tiled, dtype, codebook
         )
     except RuntimeError as error:
         # The stable ABI knows one exception type; an index outside the table is the user's IndexError.
@@ -106,6 +109,7 @@ def _embedding_weight_only_fake(
     group_size: int,
     tiled: bool,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return qweight.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 

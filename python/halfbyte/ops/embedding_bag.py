@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codes, check_group_size
+from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_codes, check_group_size
 
 __all__ = ["BagMode", "embedding_bag_weight_only"]
 
@@ -36,11 +36,12 @@ def embedding_bag_weight_only(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
     dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """Reduces bags of rows `(u - zero_point) * scale` of a table of `V` rows of length `D`, without storing the rows.
 
     Sums run in the order of the indices, `sum = fma(weight * scale, u - zero_point, sum)` in float32; bags past 1,024 rows
-    are sums of as many sums. Empty bags are 0.
+    are sums of as many sums. Empty bags are 0. With a codebook `sum = sum + (weight * scale) * codebook[u]`.
 
     Args:
         indices: `[N]` int32 or int64, all bags one after another, each in `[0, V)`.
@@ -58,6 +59,7 @@ def embedding_bag_weight_only(
         include_last_offset: Whether `offsets` has one more entry, where the last bag ends: N.
         padding_idx: Row that is left out of bags.
         dtype: dtype of the output.
+        codebook: As in `linear_weight_only`.
 
     Returns:
         `[B, D]`.
@@ -86,6 +88,7 @@ def embedding_bag_weight_only(
         raise TypeError(f"dtype={dtype} is not supported; use float32, bfloat16 or float16")
     group = embedding_dim if group_size is None else group_size
     check_group_size(group, embedding_dim, "the table")
+    check_codebook(codebook, bits, zero_point)
     if indices.dim() != 1 or offsets.dim() != 1:
         raise ValueError(
             f"indices have shape {tuple(indices.shape)} and offsets {tuple(offsets.shape)}; use [N] and [B]"
@@ -115,6 +118,7 @@ def embedding_bag_weight_only(
             include_last_offset,
             padding_idx,
             dtype,
+            codebook,
         )
     except RuntimeError as error:
         # The stable ABI knows one exception type; values that only C++ reads are the user's mistakes all the same.
@@ -143,6 +147,7 @@ def _embedding_bag_weight_only_fake(
     include_last_offset: bool,
     padding_idx: int | None,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     bags = offsets.shape[0] - (1 if include_last_offset else 0)
     return qweight.new_empty((bags, embedding_dim), dtype=dtype)

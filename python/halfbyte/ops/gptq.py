@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_float, check_group_size
+from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook_entries, check_float, check_group_size
 
 __all__ = ["gptq_round", "hessian_matrix", "hessian_tiles", "hessian_update_"]
 
@@ -108,6 +108,7 @@ def gptq_round(
     grid: int = 80,
     max_shrink: float = 0.8,
     scale_dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rounds a weight column by column; each column makes up for the errors of those before it.
 
@@ -128,6 +129,7 @@ def gptq_round(
         importance: `[I]`, weights of squared errors in that search; None: all ones.
         grid, max_shrink: Of the search, as in `search_qparams`.
         scale_dtype: What the scales will be stored as; they are rounded to it.
+        codebook: `[n]` float32, increasing values to round to, as in `search_qparams`; codes are uint8 then.
 
     Returns:
         `(codes, scale, zero_point, loss)`: `[O, I]` int8 for symmetric formats, else uint8 (binary: uint8, 0 is -scale);
@@ -176,12 +178,13 @@ def gptq_round(
         raise ValueError(f"grid={grid}, max_shrink={max_shrink}: use grid >= 1 and max_shrink in [0, 1)")
     if scale_dtype not in FLOAT_DTYPES:
         raise TypeError(f"scale_dtype={scale_dtype} is not supported; use float32, bfloat16 or float16")
+    check_codebook_entries(codebook)
     order = _checked_order(order, inputs, group_size, apart=scale is not None)
     codes, found_scale, found_zero, loss = _gptq_round(
         weight.detach(), factor, order, scale, zero_point, importance, bits, symmetric, narrow_range, group_size, grid,
-        max_shrink, scale_dtype,
+        max_shrink, scale_dtype, codebook,
     )  # fmt: skip
-    if symmetric and bits > 1:
+    if symmetric and bits > 1 and codebook is None:
         codes = codes.view(torch.int8)
     return codes, found_scale.to(scale_dtype), found_zero, loss
 
@@ -227,6 +230,7 @@ def _gptq_round_fake(
     grid: int,
     max_shrink: float,
     scale_dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (weight.shape[0], weight.shape[1] // group_size)
     return (

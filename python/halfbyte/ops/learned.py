@@ -78,7 +78,10 @@ def fake_quantize_learned(
     shape = qparams_shape(x, axis, group_size, "x")
     scale = _check_qparam(x, scale, "scale", shape, axis, group_size)
     zero_point = _check_qparam(x, zero_point, "zero_point", shape, axis, group_size)
-    y: Tensor = _fake_quantize_learned(x, scale, zero_point, qmin, qmax, axis, group_size, grad_factor)
+    arguments = (x, scale, zero_point, qmin, qmax, axis, group_size, grad_factor)
+    trains = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad)
+    function = _Learned.apply if trains and not torch.compiler.is_compiling() else _fake_quantize_learned
+    y: Tensor = function(*arguments)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -151,3 +154,21 @@ def _no_double_backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, ...]:
 
 torch.library.register_autograd("halfbyte::fake_quantize_learned", _gradients, setup_context=_save_inputs)
 torch.library.register_autograd("halfbyte::fake_quantize_learned_backward", _no_double_backward)
+
+
+class _Learned(torch.autograd.Function):
+    """The same for eager mode, past the dispatcher's Python autograd kernels, which take many times longer a call."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *args: object) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = _fake_quantize_learned(*args)
+        _save_inputs(ctx, args, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second derivative
+            return _gradients(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gradients(ctx, grad)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_float, check_group_size
+from halfbyte.functional import dequantize_codebook
+from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_float, check_group_size
 from halfbyte.ops.elementwise import dequantize
 from halfbyte.ops.packing import packed_shape, unpack
 
@@ -32,8 +33,11 @@ def linear_weight_only(
     bits: int,
     out_features: int,
     group_size: int | None = None,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """`x Wᵀ + bias` with `W[o, i] = (u - zero_point[g, o]) * scale[g, o]`, accumulated in float32.
+
+    With a codebook `W[o, i] = codebook[u] * scale[g, o]`.
 
     Args:
         x: `[..., I]`; float32, bfloat16 or float16.
@@ -44,6 +48,7 @@ def linear_weight_only(
         bits: 1 to 8.
         out_features: O.
         group_size: Inputs that share a scale; None: all of a row.
+        codebook: `[16]` float32, the value of each (unsigned) code of at most 4 bits; `zero_point` is None then.
 
     Returns:
         `[..., O]` in the dtype of `x`.
@@ -61,7 +66,8 @@ def linear_weight_only(
                 [1.]])
     """
     group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
-    y: Tensor = _linear_weight_only(x, qweight, scale, zero_point, bias, bits, out_features, group)
+    check_codebook(codebook, bits, zero_point)
+    y: Tensor = _linear_weight_only(x, qweight, scale, zero_point, bias, bits, out_features, group, codebook)
     return y
 
 
@@ -232,6 +238,7 @@ def _linear_weight_only_fake(
     bits: int,
     out_features: int,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return _output_like(x, out_features)
 
@@ -267,13 +274,16 @@ def dequantized_weight(
     out_features: int,
     in_features: int,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """The float32 weight `[O, I]` that the products stand for."""
-    signed = zero_point is None and bits > 1
+    signed = zero_point is None and bits > 1 and codebook is None
     codes = unpack(
         qweight, bits, shape=(out_features, in_features), layout="tiles", group_size=group_size, signed=signed
     )
     scale = scale.float().t()
+    if codebook is not None:
+        return dequantize_codebook(codes, scale, codebook, group_size=group_size)
     if zero_point is not None:
         zeros = zero_point.t().to(torch.int32)
     else:
@@ -283,17 +293,25 @@ def dequantized_weight(
     return dequantize(codes, scale.contiguous(), zeros.contiguous(), group_size=group_size)
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+def _weight_only_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    _setup_context(ctx, inputs, inputs[8])
+
+
+def _int8_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    _setup_context(ctx, inputs, None)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], codebook: object) -> None:
     x, qweight, scale, zero_point, bias, bits, out_features, group_size = inputs[:8]
     assert isinstance(x, Tensor)
-    ctx.save_for_backward(qweight, scale, zero_point)  # type: ignore[arg-type]
+    ctx.save_for_backward(qweight, scale, zero_point, codebook)  # type: ignore[arg-type]
     ctx.bits, ctx.out_features, ctx.group_size = bits, out_features, group_size  # type: ignore[attr-defined]
     ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype  # type: ignore[attr-defined]
     ctx.bias_dtype = bias.dtype if isinstance(bias, Tensor) else None  # type: ignore[attr-defined]
 
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    qweight, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+    qweight, scale, zero_point, codebook = ctx.saved_tensors  # type: ignore[attr-defined]
     grad_x = grad_bias = None
     needs = ctx.needs_input_grad  # type: ignore[attr-defined]
     if needs[0]:
@@ -305,6 +323,7 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | 
             out_features=ctx.out_features,  # type: ignore[attr-defined]
             in_features=ctx.in_features,  # type: ignore[attr-defined]
             group_size=ctx.group_size,  # type: ignore[attr-defined]
+            codebook=codebook,
         )
         grad_x = (grad.float() @ weight).to(ctx.x_dtype)  # type: ignore[attr-defined]
     if needs[4]:
@@ -314,7 +333,7 @@ def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | 
 
 def _weight_only_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_bias = _gradients(ctx, grad)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 def _int8_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,5 +341,7 @@ def _int8_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
-torch.library.register_autograd("halfbyte::linear_weight_only", _weight_only_backward, setup_context=_setup_context)
-torch.library.register_autograd("halfbyte::linear_int8", _int8_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "halfbyte::linear_weight_only", _weight_only_backward, setup_context=_weight_only_context
+)
+torch.library.register_autograd("halfbyte::linear_int8", _int8_backward, setup_context=_int8_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import check_bits, check_float
+from halfbyte.ops.checks import check_bits, check_codebook, check_float
 
 __all__ = ["Cell", "recurrent", "recurrent_cell"]
 
@@ -36,6 +36,7 @@ def recurrent(
     int8: bool,
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All steps of one recurrent layer in one direction, given the input half of its gates.
 
@@ -56,6 +57,7 @@ def recurrent(
         int8: Whether the hidden state is quantized per row, at every step.
         reverse: Begin at the last step.
         batch_sizes: `[T]` int64, rows of each step of a packed sequence.
+        codebook: As in `linear_weight_only`; `int8` must be False then.
 
     Returns:
         Hidden states of all steps (`x_gates` without its gates), and the last hidden and cell state.
@@ -79,9 +81,10 @@ def recurrent(
     _check_state("c", c, cell, ("lstm",))
     check_bits(bits)
     check_float(x_gates, "x_gates")
+    check_codebook(codebook, bits, zero_point)
     index = _INDEX[cell]
     y, h_n, c_n = _recurrent(
-        x_gates, h, c, qweight, scale, zero_point, bias, index, bits, group_size, int8, reverse, batch_sizes
+        x_gates, h, c, qweight, scale, zero_point, bias, index, bits, group_size, int8, reverse, batch_sizes, codebook
     )
     return y, h_n, None if c is None else c_n
 
@@ -135,6 +138,7 @@ def _recurrent_fake(
     int8: bool,
     reverse: bool,
     batch_sizes: Tensor | None,
+    codebook: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x_gates.new_empty((*x_gates.shape[:-1], h0.shape[-1]))
     return y, h0.new_empty(h0.shape), h0.new_empty((0,) if c0 is None else c0.shape)
