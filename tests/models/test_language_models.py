@@ -26,6 +26,10 @@ BOUNDS = {
     "int4 g32, min/max": 0.15,
     "int4 g32, MSE": 0.12,
     "int4 g32, MSE + data": 0.12,
+    "NF4 g32, absmax": 0.15,
+    "NF4 g32, MSE": 0.12,
+    "NF4 g32, GPTQ": 0.1,
+    "FP4 g32, MSE": 0.12,
     "W4A8 g32, MSE": 0.12,
     "int3 g32, MSE": 0.6,
 }
@@ -181,6 +185,14 @@ def test_mse_scales_beat_min_max_at_four_bits(novels: Subject) -> None:
     # A simulation in plain PyTorch, with float16 scales and no other code of ours, gave 7.2e-3 and 6.9e-3.
     assert min_max.kl == pytest.approx(7.2e-3, rel=0.1)
     assert mse.kl < 7.1e-3
+
+
+def test_nf4_with_searched_scales_is_as_near_as_asymmetric_int4(novels: Subject) -> None:
+    absmax, mse, int4 = (
+        novels.distance(novels.quantized(v)).kl for v in ("NF4 g32, absmax", "NF4 g32, MSE", "int4 g32, MSE")
+    )
+    assert mse < 0.9 * absmax
+    assert mse < 1.05 * int4  # with a quarter of a bit a weight less: no zero points
 
 
 def test_data_weighting_lowers_the_output_error_of_layers_on_unseen_text(novels: Subject) -> None:
