@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
@@ -77,9 +81,25 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// An uninitialised tensor on the device of `like`.
+// Asks for huge pages. Memory that is fresh from the system costs a page fault for each 4 KB, together several times
+// what a kernel takes to write it; with huge pages one for each 2 MB.
+inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refused, nothing is lost
+#endif
+}
+
+// An uninitialised tensor on the device of `like`, the CPU.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  constexpr int64_t kLarge = 2 << 20;
+  Tensor tensor = torch::stable::new_empty(like, sizes, type);
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes >= kLarge) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 // f(begin, end) over [0, count) on torch's threads, at least `grain` items a thread.
