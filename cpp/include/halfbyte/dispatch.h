@@ -1,5 +1,6 @@
 // One table of kernels per ISA level; the best one this CPU supports is chosen once, at import.
-// HALFBYTE_CPU_CAPABILITY=scalar|avx2|avxvnni|avx512vnni|amx forces one; an unknown or unsupported name is an error there.
+// HALFBYTE_CPU_CAPABILITY=scalar|avx2|avxvnni|avx512vnni|amx forces one; an unknown or unsupported name is an error
+// there.
 #pragma once
 #include <string>
 #include <vector>

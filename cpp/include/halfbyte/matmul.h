@@ -73,8 +73,8 @@ struct MatmulKernels {
   void (*matmul_float)(const TiledWeight& w, const float* x, const float* group_sum, int64_t row_begin, int64_t row_end,
                        int64_t panel_begin, int64_t panel_end, const float* bias, float* y, int64_t ldy, void* scratch);
   int64_t (*scratch_bytes)(const TileShape& shape);
-  int64_t panels_per_tile;  // panels one inner tile spans: split work in multiples of it
-  int64_t rows_per_tile;    // and of rows, where rows are split
+  int64_t panels_per_tile;      // panels one inner tile spans: split work in multiples of it
+  int64_t rows_per_tile;        // and of rows, where rows are split
   int64_t float_rows_per_tile;  // rows of the inner tile of matmul_float
 };
 

@@ -18,8 +18,8 @@ constexpr MatmulKernels matmul_kernels() {
   constexpr auto int8 = matmul_int8;
   constexpr int64_t rows_per_tile = kTileRows;
 #endif
-  return {quantize_rows_dynamic, quantize_rows_static, pad_rows,    int8,
-          matmul_float,          Scratch::bytes,       kTilePanels, rows_per_tile, kFloatTileRows};
+  return {quantize_rows_dynamic, quantize_rows_static, pad_rows,      int8,          matmul_float,
+          Scratch::bytes,        kTilePanels,          rows_per_tile, kFloatTileRows};
 }
 
 }  // namespace

@@ -92,8 +92,8 @@ HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment
   return center * t.x.chunk_sum[row * t.chunks + segment.chunk];
 }
 
-// What t takes off m * dot for any weights and activations: z*sum(a) + za*(m*sum(u) - n*z) into offsets[rows][panels][16].
-// Never inlined: it would cost the row tiles their registers.
+// What t takes off m * dot for any weights and activations: z*sum(a) + za*(m*sum(u) - n*z) into
+// offsets[rows][panels][16]. Never inlined: it would cost the row tiles their registers.
 [[gnu::noinline]] void load_offsets(const Int8Tile& t, int64_t row, int64_t rows, int64_t panels,
                                     const Segment& segment, int32_t* offsets) {
   const TileShape& shape = t.w.shape;
