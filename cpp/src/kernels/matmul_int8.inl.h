@@ -84,6 +84,36 @@ HALFBYTE_INLINE void dot_units(const PanelCodes& codes, int64_t offset, const in
 
 inline bool is_binary(const TiledWeight& w) { return w.shape.bits == 1 && w.zero_point == nullptr; }
 
+#ifdef HALFBYTE_NARROW_SUMS
+// The same for 8-bit layouts whose codes are small enough to sum several quads in 16 bits.
+template <int Range, int Rows, int Panels>
+HALFBYTE_INLINE void dot_narrow_units(const PanelCodes& codes, int64_t offset, const int8_t* a, int64_t a_stride,
+                                      int64_t units, Ahead& ahead, I32x16 (&acc)[Rows][Panels]) {
+  constexpr int kQuads = narrow_quads(Range);
+  using Sums = decltype(no_narrow_sums());
+  const auto quad_step = [&](Sums(&sums)[Rows][Panels]) __attribute__((always_inline)) {
+    for (int i = 0; i < ahead.count; ++i) prefetch(ahead.streams[i] + ahead.offset);
+    ahead.offset += ahead.step;
+    unroll<Panels>([&](auto p) {
+      const U8x64 row = load_row(codes[p] + offset);
+      unroll<Rows>([&](auto r) { sums[r][p] = dot_narrow(sums[r][p], row, load_quad<Range>(a + r * a_stride)); });
+    });
+    offset += unit_bytes(8), a += k_unit(8);
+  };
+  while (units > 0) {
+    Sums sums[Rows][Panels];
+    unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { sums[r][p] = no_narrow_sums(); }); });
+    if (units >= kQuads) {
+      unroll<kQuads>([&](auto) { quad_step(sums); });
+    } else {
+      for (int64_t unit = 0; unit < units; ++unit) quad_step(sums);
+    }
+    units -= kQuads;
+    unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { acc[r][p] = widen(acc[r][p], sums[r][p]); }); });
+  }
+}
+#endif
+
 // Weights without zero points, activations without one: what t (matmul.h) takes off m * dot depends on the row alone.
 inline bool is_symmetric(const Int8Tile& t) { return t.w.zero_point == nullptr && !t.corrected; }
 
@@ -172,7 +202,11 @@ void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end,
           [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = load_i32(part + (r * Panels + p) * kPanel); }); });
     }
     const int64_t units = segment.inputs / k_unit(Bits);
-    dot_units<Bits, Range>(t.codes, offset, a, a_stride, k_unit(Bits), units, ahead, dots);
+    if constexpr (Bits == 8 && narrow_quads(Range) > 1) {
+      dot_narrow_units<Range>(t.codes, offset, a, a_stride, units, ahead, dots);
+    } else {
+      dot_units<Bits, Range>(t.codes, offset, a, a_stride, k_unit(Bits), units, ahead, dots);
+    }
     offset += units * unit_bytes(Bits);
     a += segment.inputs;
     if (segment.last) {
@@ -226,10 +260,23 @@ struct Int8RowTiles {
   }
 };
 
-// All of K for a tile of many rows, block by block. While it works on one block, the row tiles ask memory for the next.
-void int8_blocked(Int8Tile& t, int64_t rows) {
+// Calls f(row tiles): those of the 8-bit layout for codes below 2^bits.
+template <class F>
+HALFBYTE_INLINE void with_row_tiles(int bits, F&& f) {
+#ifdef HALFBYTE_NARROW_SUMS
+  static constexpr Int8RowTiles<8, 4, kNarrowTileRows, kTilePanels> kFourBits;
+  static constexpr Int8RowTiles<8, 5, kNarrowTileRows, kTilePanels> kFiveBits;
+  if (bits <= 4) return f(kFourBits.of_rows);
+  if (bits == 5) return f(kFiveBits.of_rows);
+#endif
   static constexpr Int8RowTiles<8, 8, kTileRows, kTilePanels> kWide;
   static constexpr Int8RowTiles<8, 7, kTileRows, kTilePanels> kNarrow;
+  if (bits == 8) return f(kWide.of_rows);
+  f(kNarrow.of_rows);
+}
+
+// All of K for a tile of many rows, block by block. While it works on one block, the row tiles ask memory for the next.
+void int8_blocked(Int8Tile& t, int64_t rows) {
   constexpr int64_t kBlock = kBlockBytes / (kPanel * kTilePanels);
   const TileShape& shape = t.w.shape;
   const int bits = shape.bits;
@@ -256,14 +303,16 @@ void int8_blocked(Int8Tile& t, int64_t rows) {
       }
     }
     // The panels' streams are dealt out over the row tiles.
-    const auto share = static_cast<int>(ceil_div(kTilePanels, ceil_div(rows, kTileRows)));
     int begin = 0;
-    run_row_tiles((bits == 8 ? kWide.of_rows : kNarrow.of_rows), rows, [&](Int8RowTile run, int64_t r) {
-      Ahead part = ahead;
-      part.count = std::min(share, kTilePanels - begin);
-      for (int i = 0; i < part.count; ++i) part.streams[i] = ahead.streams[begin + i];
-      begin += part.count;
-      run(t, t.row_begin + r, cursor, k_end, part);
+    with_row_tiles(bits, [&]<size_t Rows>(const Int8RowTile(&tiles)[Rows]) {
+      const auto share = static_cast<int>(ceil_div(kTilePanels, ceil_div(rows, static_cast<int64_t>(Rows))));
+      run_row_tiles(tiles, rows, [&](Int8RowTile run, int64_t r) {
+        Ahead part = ahead;
+        part.count = std::min(share, kTilePanels - begin);
+        for (int i = 0; i < part.count; ++i) part.streams[i] = ahead.streams[begin + i];
+        begin += part.count;
+        run(t, t.row_begin + r, cursor, k_end, part);
+      });
     });
     while (cursor.k < k_end) cursor.next(k_end);
   }

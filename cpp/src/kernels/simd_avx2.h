@@ -11,6 +11,10 @@ constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
+// The largest code times 128, two such products to a sum: 15 * 256 * 8 and 31 * 256 * 4 are below 2^15.
+#define HALFBYTE_NARROW_SUMS
+constexpr int narrow_quads(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : 1; }
+constexpr int kNarrowTileRows = 6;  // 12 sums, 2 registers of codes, a broadcast and a product: all 16
 
 // Up to 7 bits, vpmaddubsw's sums of two products fit in 16 bits: |127 * -128 * 2| = 32512 < 2^15. With 8 bits they do
 // not, so even and odd bytes are widened to 16 bits apart and vpmaddwd adds pairs of exact 32-bit products.
@@ -69,6 +73,19 @@ HALFBYTE_INLINE I32x16 dot(I32x16 acc, const DotRow<Bits>& w, const DotQuad<Bits
     acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, a), ones));
   }
   return acc;
+}
+
+// The same for up to narrow_quads(Bits) quads, in 16 bits: two sums of an output, of two inputs each.
+using NarrowSums = U8x64;
+HALFBYTE_INLINE NarrowSums no_narrow_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+HALFBYTE_INLINE NarrowSums dot_narrow(NarrowSums sums, U8x64 w, __m256i a) {
+  return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(w.lo, a)),
+          _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(w.hi, a))};
+}
+HALFBYTE_INLINE I32x16 widen(I32x16 acc, NarrowSums sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(sums.lo, ones)),
+          _mm256_add_epi32(acc.hi, _mm256_madd_epi16(sums.hi, ones))};
 }
 
 }  // namespace

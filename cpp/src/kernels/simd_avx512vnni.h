@@ -22,6 +22,7 @@ constexpr int kTilePanels = 4;
 constexpr int kDirectAccumulators = 16;
 constexpr int kSplitBelow = 8;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
+constexpr int narrow_quads(int) { return 1; }
 
 HALFBYTE_INLINE F32x16 set_f32(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE F32x16 load_f32(const float* p) { return _mm512_loadu_ps(p); }
