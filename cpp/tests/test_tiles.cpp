@@ -31,10 +31,10 @@ int64_t products(int64_t rows, const TileShape& shape) {
   void* memory = scratch.data();
   size_t room = scratch.size();
   const TiledWeight w = {shape, codes.data(), scale.data(), FloatType::kFloat32, nullptr};
-  const int64_t before = emulation::tiles.products;
+  const int64_t before = tile_emulation::tiles.products;
   amx::kernel_table.matmul.matmul_int8(w, {x.data(), row_scale.data(), sums.data(), 0}, 0, rows, 0, shape.panels(),
                                        nullptr, y.data(), shape.out_features, std::align(64, room - 64, memory, room));
-  return emulation::tiles.products - before;
+  return tile_emulation::tiles.products - before;
 }
 
 }  // namespace
@@ -44,17 +44,17 @@ int main() {
   check(products(15, shape) == 0, "15 rows need no tiles");
   check(products(16, shape) == 8, "16 rows x 4 panels x 128 inputs are 8 products");
   check(products(40, shape) == 24, "40 rows are three tiles of rows");
-  check(emulation::tiles.setup.palette == 0, "tiles that were not configured before must be released");
+  check(tile_emulation::tiles.setup.palette == 0, "tiles that were not configured before must be released");
   const TileShape small = {.out_features = 64, .in_features = 128, .group_size = 16, .bits = 4};
   check(products(40, small) == 0, "groups of 16 are left to dot products");
 
-  emulation::TileSetup theirs = {};
+  tile_emulation::TileSetup theirs = {};
   theirs.palette = 1;
   theirs.rows[0] = theirs.rows[3] = 5;
   theirs.row_bytes[0] = theirs.row_bytes[3] = 12;
-  emulation::load_config(&theirs);
+  tile_emulation::load_config(&theirs);
   check(products(16, shape) == 8, "16 rows x 4 panels x 128 inputs are 8 products");
-  check(std::memcmp(&theirs, &emulation::tiles.setup, sizeof(theirs)) == 0,
+  check(std::memcmp(&theirs, &tile_emulation::tiles.setup, sizeof(theirs)) == 0,
         "the caller's configuration must come back");
   std::printf("tiles: used for many rows, configuration kept\n");
 }

@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace halfbyte::emulation {
+namespace halfbyte::tile_emulation {
 
 // As ldtilecfg reads it and sttilecfg writes it.
 struct TileSetup {
@@ -92,16 +92,16 @@ inline void dot_signed_unsigned(int sums, int a, int b) {
   ++tiles.products;
 }
 
-}  // namespace halfbyte::emulation
+}  // namespace halfbyte::tile_emulation
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbsud
-#define _tile_loadconfig halfbyte::emulation::load_config
-#define _tile_storeconfig halfbyte::emulation::store_config
-#define _tile_release halfbyte::emulation::release
-#define _tile_zero halfbyte::emulation::zero
-#define _tile_loadd halfbyte::emulation::load
-#define _tile_stored halfbyte::emulation::store
-#define _tile_dpbsud halfbyte::emulation::dot_signed_unsigned
+#define _tile_loadconfig halfbyte::tile_emulation::load_config
+#define _tile_storeconfig halfbyte::tile_emulation::store_config
+#define _tile_release halfbyte::tile_emulation::release
+#define _tile_zero halfbyte::tile_emulation::zero
+#define _tile_loadd halfbyte::tile_emulation::load
+#define _tile_stored halfbyte::tile_emulation::store
+#define _tile_dpbsud halfbyte::tile_emulation::dot_signed_unsigned
