@@ -9,9 +9,9 @@
 //   kSplitBelow       tiles with fewer accumulators than this get a second set, to hide the latency of dot()
 //   direct_rows(bits) up to this many rows, codes are unpacked in registers instead of into a block
 //   CodeTable         sixteen floats that look_up picks from by 4-bit codes
-//   narrow_quads(bits)  how many quads of codes below 2^bits are summed in 16 bits before they are widened. A level where
-//                     that may be more than 1 defines HALFBYTE_NARROW_SUMS, kNarrowTileRows, NarrowSums, no_narrow_sums,
-//                     dot_narrow and widen as well
+//   narrow_quads(bits)  how many quads of codes below 2^bits are summed in 16 bits before they are widened. A level
+//                     where it may be more than 1 also defines HALFBYTE_NARROW_SUMS, kNarrowTileRows, NarrowSums,
+//                     no_narrow_sums, dot_narrow and widen
 //   load_*, store_*, set_*, add_*, fma, dot, shift_and, code_to_float<Bits, J>, ... as below
 //
 // Every function gives the same bits on every level. Integers wrap.
