@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_language_model
+import bench_outliers
 import bench_sentence_encoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "summary"): bench_language_model.summary_table,
     ("lm", "text"): bench_language_model.text_list,
     ("lm", "speed"): bench_language_model.speed_table,
+    ("lm", "outliers"): bench_outliers.outliers_table,
     ("encoder", "quality"): bench_sentence_encoder.quality_table,
     ("encoder", "speed"): bench_sentence_encoder.speed_table,
 }

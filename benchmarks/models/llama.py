@@ -22,7 +22,18 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from . import from_pretrained
 
-__all__ = ["MODELS", "Distance", "Text", "evaluate", "greedy", "load_float", "load_text", "log_probs", "skeleton"]
+__all__ = [
+    "MODELS",
+    "Distance",
+    "Text",
+    "evaluate",
+    "greedy",
+    "load_float",
+    "load_text",
+    "log_probs",
+    "plant_outliers",
+    "skeleton",
+]
 
 MODELS = ("novels5M", "stories260K")
 ROW = 256
@@ -221,6 +232,24 @@ def evaluate(
         same_top1=same / total,
         row_nll=row_nll,
     )
+
+
+@torch.no_grad()
+def plant_outliers(model: LlamaForCausalLM, factor: float, channels: int = 4) -> None:
+    """Multiplies the `channels` largest gains of every norm inside a block, and divides in the layers that read them.
+
+    The model computes what it did.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            chosen = norm.weight.abs().topk(channels).indices
+            norm.weight[chosen] *= factor
+            for reader in readers:
+                reader.weight[:, chosen] /= factor
 
 
 def greedy(model: LlamaForCausalLM, text: Text, *, new_tokens: int = 48) -> str:

@@ -12,7 +12,7 @@ from halfbyte._extension import (
     available_capabilities,
     cpu_capability,
 )
-from halfbyte.algorithms import GPTQ, MSE, RTN
+from halfbyte.algorithms import AWQ, GPTQ, MSE, RTN, SmoothQuant
 from halfbyte.compare import CompareReport, compare
 from halfbyte.doctor import Doctor, doctor
 from halfbyte.errors import FallbackError, FallbackWarning, FileFormatError, QuantizationError, VerificationError
@@ -56,6 +56,7 @@ from halfbyte.verify import VerifyReport, verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "MSE",
     "RTN",
@@ -85,6 +86,7 @@ __all__ = [
     "Report",
     "Scheme",
     "SensitivityTable",
+    "SmoothQuant",
     "VerificationError",
     "VerifyReport",
     "__version__",

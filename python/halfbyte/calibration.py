@@ -20,6 +20,8 @@ from halfbyte.progress import track
 Data: TypeAlias = Iterable[object]
 Forward: TypeAlias = Callable[[nn.Module, object], object]
 
+_NO_BATCHES = "data gave no batches; if it is a generator, it was used up before: make a new one"
+
 
 def run_batch(model: nn.Module, batch: object) -> object:
     """Calls the model with one batch.
@@ -50,6 +52,18 @@ def check_data(data: object) -> Data:
     if isinstance(data, Sized) and len(data) == 0:
         raise QuantizationError("data has no batches; give at least one")
     return data
+
+
+def all_batches(data: object) -> list[object]:
+    """The batches as a list, for work that goes through them more than once.
+
+    Raises:
+        QuantizationError: there are none.
+    """
+    batches = list(check_data(data))
+    if not batches:
+        raise QuantizationError(_NO_BATCHES)
+    return batches
 
 
 @contextmanager
@@ -95,7 +109,7 @@ def run_data(
             if enough(count):
                 break
     if count == 0:
-        raise QuantizationError("data gave no batches; if it is a generator, it was used up before: make a new one")
+        raise QuantizationError(_NO_BATCHES)
     return count
 
 

@@ -70,6 +70,7 @@ def convert(
         bytes_after=made.bytes_after,
         seconds=time.perf_counter() - start,
         calibration_batches=preparation.batches,
+        transforms=preparation.records,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.activation import InputObserver
-from halfbyte.algorithms import RTN, HessianRounding, Rounding, default_rounding
-from halfbyte.calibration import InputStatistics
+from halfbyte.algorithms import (
+    RTN,
+    HessianRounding,
+    Rounding,
+    Transform,
+    TransformContext,
+    TransformRecord,
+    default_rounding,
+)
+from halfbyte.calibration import Forward, InputStatistics, evaluating
+from halfbyte.edits import WeightEdits
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
 from halfbyte.formats import CodebookFormat, FloatFormat
@@ -24,7 +34,9 @@ from halfbyte.parts import ModelInParts
 from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.recipe import Recipe
 from halfbyte.schemes import Scheme
-from halfbyte.sequential import section_bytes
+from halfbyte.sequential import section_bytes, without_cache
+
+Algorithm: TypeAlias = Transform | Rounding
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,18 +44,20 @@ class Preparation:
     """A checked plan with its algorithms, and the statistics gathered so far."""
 
     plan: Plan
+    transforms: tuple[Transform, ...]
     algorithms: tuple[Rounding, ...]
     on_fallback: OnFallback
     staging_budget: int
     statistics: dict[str, InputStatistics]
     ranges: dict[str, InputObserver]
     batches: int = 0
+    records: tuple[TransformRecord, ...] = ()
 
     @staticmethod
     def of(
         model: nn.Module,
         recipe: Scheme | Recipe | Plan,
-        algorithms: Sequence[Rounding],
+        algorithms: Sequence[Algorithm],
         max_memory: MemorySize | None,
         on_fallback: OnFallback,
         *,
@@ -54,12 +68,15 @@ class Preparation:
         With `in_order`, Hessians exist one layer at a time; otherwise those of all layers do until the model is converted.
         """
         announce((), on_fallback)
-        chosen = _check_algorithms(algorithms)
+        transforms, chosen = _check_algorithms(algorithms)
         made = plan(model, recipe)
+        for transform in transforms:
+            transform.check(made)
         modules = ModelInParts.of(model, made.taken_apart).modules
         inputs = [row for row in made.targets if _has_inputs(modules[row.name], made, row)]
         hessian = bool(chosen) and isinstance(chosen[-1], HessianRounding)
         calibration = _calibration_bytes(model, inputs, in_order=in_order) if hessian else 0
+        calibration = max([calibration, *(transform.calibration_bytes(made) for transform in transforms)])
         staging_budget = conversion_budget(made, max_memory, calibration=calibration)
         made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
         announce(made.fallbacks, on_fallback)
@@ -76,6 +93,7 @@ class Preparation:
         }
         return Preparation(
             plan=made,
+            transforms=transforms,
             algorithms=chosen,
             on_fallback=on_fallback,
             staging_budget=staging_budget,
@@ -86,14 +104,31 @@ class Preparation:
     @property
     def needing_data(self) -> list[str]:
         """What needs calibration data, in words."""
-        algorithms = [type(algorithm).__name__ for algorithm in self.algorithms if algorithm.needs_data]
-        return algorithms + (["a scheme with static activations"] if self.ranges else [])
+        algorithms: tuple[Algorithm, ...] = (*self.transforms, *self.algorithms)
+        names = list(dict.fromkeys(type(algorithm).__name__ for algorithm in algorithms if algorithm.needs_data))
+        return names + (["a scheme with static activations"] if self.ranges else [])
 
     @property
     def settled(self) -> bool:
         """Whether every range of static activations that was seen has converged, and any was."""
         seen = [hook.observer for hook in self.ranges.values() if hook.observer.batches]
         return bool(seen) and all(observer.range().converged for observer in seen)
+
+    def transform(
+        self, model: nn.Module, batches: Sequence[object], forward: Forward | None, edits: WeightEdits, progress: bool
+    ) -> None:
+        """Lets the transforms change the float model, and checks its weights again."""
+        with evaluating(model), without_cache(model):
+            context = TransformContext(
+                model=model, plan=self.plan, batches=batches, forward=forward, edits=edits, progress=progress
+            )
+            for transform in self.transforms:
+                self.records += tuple(transform.transform(context))
+        modules = {row.name: model.get_submodule(row.name) for row in self.plan.rows}
+        checked = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in self.plan.rows))
+        new = set(checked.fallbacks) - set(self.plan.fallbacks)
+        announce([*(f for r in self.records if (f := r.fallback)), *new], self.on_fallback)
+        self.plan = checked
 
     def observe(self, model: nn.Module) -> None:
         """Hooks the statistics to their modules."""
@@ -179,16 +214,21 @@ class Preparation:
         return self.statistics[row.name].mean_square
 
 
-def _check_algorithms(algorithms: Sequence[Rounding]) -> tuple[Rounding, ...]:
-    if isinstance(algorithms, Rounding) or not isinstance(algorithms, Sequence):
+def _check_algorithms(algorithms: Sequence[Algorithm]) -> tuple[tuple[Transform, ...], tuple[Rounding, ...]]:
+    """Transforms in their order, and the rounding, if any."""
+    if isinstance(algorithms, Algorithm) or not isinstance(algorithms, Sequence):
         raise TypeError(f"algorithms={algorithms!r} is not a list; use algorithms=[hb.algorithms.MSE()]")
     for algorithm in algorithms:
-        if isinstance(algorithm, type) or not isinstance(algorithm, Rounding):
+        if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
             raise TypeError(f"{algorithm!r} is not an algorithm; use an instance such as hb.algorithms.MSE()")
-    if len(algorithms) > 1:
-        names = ", ".join(type(a).__name__ for a in algorithms)
+    names = ", ".join(type(a).__name__ for a in algorithms)
+    roundings = [a for a in algorithms if not isinstance(a, Transform)]
+    if len(roundings) > 1:
         raise ValueError(f"algorithms=[{names}]: only one can choose the integers of a weight; name one")
-    return tuple(algorithms)
+    if roundings and roundings[0] is not algorithms[-1]:
+        raise ValueError(f"algorithms=[{names}]: {type(roundings[0]).__name__} chooses the integers and comes last")
+    last = [a for a in algorithms[-1:] if isinstance(a, Rounding)]
+    return tuple(a for a in algorithms if isinstance(a, Transform)), tuple(last)
 
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:

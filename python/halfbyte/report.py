@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halfbyte.activation import ActivationRange
+from halfbyte.algorithms import TransformRecord
 from halfbyte.fallback import Fallback
 from halfbyte.plan import Plan, PlanRow
 from halfbyte.table import Table, fold_by_name, format_bytes
@@ -69,6 +70,7 @@ class Report:
         bytes_after: The same after: what `save` writes, less its header.
         seconds: Wall time of the whole call.
         calibration_batches: Batches of data that were run.
+        transforms: What changed the float model before, and where it could not be changed.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -76,11 +78,13 @@ class Report:
     bytes_after: int
     seconds: float
     calibration_batches: int = 0
+    transforms: tuple[TransformRecord, ...] = ()
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
         """Every departure from what was asked."""
-        return tuple(f for module in self.modules for f in module.fallbacks)
+        of_transforms = (f for record in self.transforms if (f := record.fallback) is not None)
+        return (*of_transforms, *(f for module in self.modules for f in module.fallbacks))
 
     @property
     def plan(self) -> Plan:
@@ -94,6 +98,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "seconds": self.seconds,
             "calibration_batches": self.calibration_batches,
+            "transforms": [record.to_dict() for record in self.transforms],
             "modules": [module.to_dict() for module in self.modules],
             "fallbacks": [f.to_dict() for f in self.fallbacks],
         }
@@ -127,8 +132,21 @@ class Report:
         table.total("total", "", "", "", format_bytes(self.bytes_before), after, *empty, f"{ratio}{self.seconds:.2f} s")
         return table
 
+    def _transforms_text(self) -> str:
+        """A line for each transform."""
+        lines = []
+        for name in dict.fromkeys(record.transform for record in self.transforms):
+            done = [r for r in self.transforms if r.transform == name and not r.reason]
+            failed = sum(r.failed for r in self.transforms if r.transform == name)
+            change = max((r.change or 0.0 for r in done), default=0.0)
+            places = (
+                f"changed {len(done)} places, the float model's output by at most {change:.1e} of its largest value"
+            )
+            lines.append(f"{name} {places}" + (f"; {failed} failed" if failed else ""))
+        return "\n".join(lines)
+
     def __str__(self) -> str:
-        return self._table().to_text()
+        return "\n".join(filter(None, [self._table().to_text(), self._transforms_text()]))
 
     def _repr_html_(self) -> str:
         return self._table().to_html()

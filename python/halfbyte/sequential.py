@@ -49,7 +49,7 @@ def round_in_order(
         QuantizationError: a layer never ran, or NaN among its inputs; and what `round_layer` raises.
     """
     run = run_batch if forward is None else forward
-    with evaluating(model), _without_cache(model):
+    with evaluating(model), without_cache(model):
         blocks = find_blocks(model, names)
         flow = _capture(model, blocks, batches, run, progress=progress) if blocks else None
         if flow is None:
@@ -306,7 +306,7 @@ def _round_outside(
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Hugging Face models keep keys and values of all tokens unless told not to; nothing here reads them."""
     config = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):

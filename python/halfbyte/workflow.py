@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from halfbyte.algorithms import Rounding
-from halfbyte.calibration import Data, Forward, check_data, run_data
+from halfbyte.calibration import Data, Forward, all_batches, check_data, run_data
 from halfbyte.conversion import convert
+from halfbyte.edits import undone_on_failure
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import OnFallback
 from halfbyte.memory import MemorySize
 from halfbyte.plan import Plan
-from halfbyte.preparation import Preparation
+from halfbyte.preparation import Algorithm, Preparation
 from halfbyte.recipe import Recipe
 from halfbyte.report import Report
 from halfbyte.schemes import Scheme
@@ -32,7 +32,7 @@ def quantize_(
     model: nn.Module,
     scheme_or_recipe: Scheme | Recipe | Plan,
     data: Data | None = None,
-    algorithms: Sequence[Rounding] = (),
+    algorithms: Sequence[Algorithm] = (),
     progress: bool = True,
     max_memory: MemorySize | None = None,
     on_fallback: OnFallback = "warn",
@@ -49,7 +49,8 @@ def quantize_(
         scheme_or_recipe: A scheme for every layer, a `Recipe` with overrides, or a `Plan` made for this model.
         data: Batches of calibration data: tensors, tuples of positional or dicts of keyword arguments. Optional; with it,
             scale search weights errors by the mean square of the inputs.
-        algorithms: How integers are chosen; default: min/max at 8 bits, `MSE()` below.
+        algorithms: Transforms of the float model, in order, then how integers are chosen; default: min/max at 8 bits,
+            `MSE()` below.
         progress: Show a progress bar on stderr.
         max_memory: Bytes (or "6GB") that the model and the work may take together; default: the model and twice its largest
             layer. Refused before any work if it cannot be kept.
@@ -77,23 +78,30 @@ def quantize_(
     if data is None and preparation.needing_data:
         names = ", ".join(preparation.needing_data)
         raise QuantizationError(f"{names} needs calibration data: pass data=<iterable of batches>")
-    with in_parts(model, preparation.plan.taken_apart):
-        if data is not None and preparation.hessian_rounding is not None:
-            batches = list(check_data(data))
+    in_order = preparation.hessian_rounding is not None
+    with (
+        in_parts(model, preparation.plan.taken_apart),
+        undone_on_failure(model, preparation.staging_budget) as edits,
+    ):
+        if data is None:
+            return convert(model, preparation, progress, start)
+        batches = all_batches(data) if in_order or preparation.transforms else check_data(data)
+        if isinstance(batches, list) and preparation.transforms:
+            preparation.transform(model, batches, forward, edits, progress)
+        if isinstance(batches, list) and in_order:
             if preparation.ranges:  # those of the float model: the rounding sees what quantized layers give
                 with preparation.observing_ranges(model):
                     run_data(model, batches, forward=forward, progress=progress)
             return convert(model, preparation, progress, start, batches=batches, forward=forward)
-        if data is not None:
-            with preparation.observing(model):
-                preparation.batches += run_data(model, check_data(data), forward=forward, progress=progress)
+        with preparation.observing(model):
+            preparation.batches += run_data(model, batches, forward=forward, progress=progress)
         return convert(model, preparation, progress, start)
 
 
 def prepare_(
     model: nn.Module,
     recipe: Scheme | Recipe | Plan,
-    algorithms: Sequence[Rounding] = (),
+    algorithms: Sequence[Algorithm] = (),
     *,
     max_memory: MemorySize | None = None,
     on_fallback: OnFallback = "warn",
@@ -121,6 +129,11 @@ def prepare_(
     if is_prepared(model):
         raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
     preparation = Preparation.of(model, recipe, algorithms, max_memory, on_fallback)
+    if preparation.transforms:
+        names = ", ".join(type(t).__name__ for t in preparation.transforms)
+        raise QuantizationError(
+            f"{names} changes weights on data that is run before statistics are taken; use hb.quantize_(..., data=...)"
+        )
     put_parts_in_place(model, preparation.plan.taken_apart)
     preparation.observe(model)
     model.__dict__[_PREPARATION] = preparation

@@ -1,7 +1,30 @@
-"""Algorithms that turn float weights into better integers. A *rounding* chooses the integers of each layer."""
+"""Algorithms that turn float weights into better integers.
+
+A *transform* changes the float model, so that it computes the same and is easier to quantize; a *rounding* chooses the
+integers of each layer.
+"""
 
 from halfbyte.algorithms.adaround import AdaRound
+from halfbyte.algorithms.awq import AWQ
 from halfbyte.algorithms.gptq import GPTQ
+from halfbyte.algorithms.rotation import Rotation
 from halfbyte.algorithms.rounding import MSE, RTN, HessianRounding, RoundedLayer, Rounding, default_rounding
+from halfbyte.algorithms.smoothquant import SmoothQuant
+from halfbyte.algorithms.transform import Transform, TransformContext, TransformRecord
 
-__all__ = ["GPTQ", "MSE", "RTN", "AdaRound", "HessianRounding", "RoundedLayer", "Rounding", "default_rounding"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "MSE",
+    "RTN",
+    "AdaRound",
+    "HessianRounding",
+    "Rotation",
+    "RoundedLayer",
+    "Rounding",
+    "SmoothQuant",
+    "Transform",
+    "TransformContext",
+    "TransformRecord",
+    "default_rounding",
+]
