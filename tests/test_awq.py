@@ -79,6 +79,13 @@ def test_binary_and_tables_are_rounded_too() -> None:
     assert torch.isfinite(model(batches[0])).all()
 
 
+def test_layers_in_other_formats_are_rounded_by_mse() -> None:
+    model = make()
+    recipe = hb.Recipe(default=WEIGHT_ONLY, overrides={"2": hb.nf4_weight_only(32)})
+    report = hb.quantize_(model, recipe, data=data(), algorithms=[hb.AWQ()], progress=False)
+    assert [m.rounding for m in report.modules if m.name == "2"] == ["AWQ"]
+
+
 def test_channels_that_are_always_zero_do_no_harm() -> None:
     model = make()
     with torch.no_grad():

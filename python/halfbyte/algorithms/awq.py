@@ -17,7 +17,7 @@ from halfbyte.algorithms.scale_search import Candidate, Layer, by_channel, searc
 from halfbyte.algorithms.transform import TransformContext, TransformRecord
 from halfbyte.errors import QuantizationError
 from halfbyte.folds import Fold
-from halfbyte.formats import IntFormat
+from halfbyte.formats import IntFormat, PackedFormat
 from halfbyte.hessian import InputHessian
 from halfbyte.nn.packed_weight import WeightCodes
 from halfbyte.plan import Plan
@@ -103,14 +103,14 @@ class AWQ:
             candidates.append(Candidate(_centred(both), f"|x|^{power:g} / |w|^{1 - power:g}"))
         return candidates
 
-    def round(self, weight: Tensor, weight_format: IntFormat, importance: Tensor | None) -> WeightCodes:
+    def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no inputs."""
         return MSE().round(weight, weight_format, importance)
 
-    def round_layer(self, name: str, weight: Tensor, weight_format: IntFormat, inputs: InputHessian) -> RoundedLayer:
+    def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
         """Rounds a whole weight, each group in the range with the smallest error in what it adds to the output."""
         hessian = inputs.matrix()
-        if weight_format.binary:
+        if not isinstance(weight_format, IntFormat) or weight_format.binary:
             return RoundedLayer(MSE().round(weight, weight_format, hessian.diagonal().float()))
         size = weight_format.group_size(weight.shape[1])
         blocks = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, len(hessian), size)]).float()
