@@ -121,8 +121,10 @@ def test_scheme_survives_json(scheme: hb.Scheme) -> None:
 
 
 def test_scheme_refuses_what_has_no_kernel() -> None:
+    with pytest.raises(ValueError, match="per token"):
+        hb.Scheme(weight=hb.IntFormat(bits=8, granularity=hb.PerToken()))
     with pytest.raises(ValueError, match="per tensor"):
-        hb.Scheme(weight=hb.IntFormat(bits=8, granularity=hb.PerTensor()))
+        hb.Scheme(weight=hb.CodebookFormat(hb.formats.NF4_VALUES, hb.PerTensor()))
     with pytest.raises(ValueError, match="no kernel"):
         hb.Scheme(weight=hb.IntFormat(bits=8), activation=hb.IntFormat(bits=4, granularity=hb.PerToken()))
     with pytest.raises(ValueError, match="integer weights"):
