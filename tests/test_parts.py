@@ -1,5 +1,7 @@
 """Modules in parts: registration, names, ties, and what stays whole."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,3 +165,24 @@ def test_verify_proves_recurrent_and_attention_layers() -> None:
     x = torch.randn(2, 5, 32)
     hb.quantize_(model, hb.int8_dynamic(), progress=False)
     hb.verify(model, [x])
+
+
+@pytest.mark.parametrize("scheme", [hb.int8_dynamic(), hb.int4_weight_only(16)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_bilinear_form_is_one_linear_layer(scheme: hb.Scheme, bias: bool) -> None:
+    torch.manual_seed(0)
+    reference = nn.Bilinear(12, 32, 5, bias=bias)
+    model = nn.ModuleDict({"form": copy.deepcopy(reference)})
+    plan = hb.plan(model, scheme)
+    assert rows_of(plan)["form.linear"].shape == (60, 32)
+    hb.quantize_(model, plan, progress=False)
+    assert plan.bytes_after == sum(t.nbytes for t in model.state_dict().values())
+    reference.weight.copy_(model["form"].linear.weight.reshape(5, 12, 32))
+    for sizes in ((), (7,), (2, 3)):
+        inputs = torch.randn(*sizes, 12), torch.randn(*sizes, 32)
+        torch.testing.assert_close(model["form"](*inputs), reference(*inputs), rtol=0.02, atol=0.05)
+    with pytest.raises(ValueError, match="12 and 32 features"):
+        model["form"](torch.randn(2, 12), torch.randn(2, 31))
+    with pytest.raises(ValueError, match="same sizes before it"):
+        model["form"](torch.randn(2, 12), torch.randn(3, 32))

@@ -161,14 +161,9 @@ def test_conflicting_overrides_of_tied_modules_are_a_fallback() -> None:
         (nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1)), "no quantized form of Conv1d"),
         (nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4, max_norm=1.0)), "max_norm"),
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()), "float64"),
-        (nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), "parametrized"),
         (nn.Sequential(nn.Linear(4, 4), ScaledAttention(4, 1)), "ScaledAttention has a forward of its own"),
         (nn.Sequential(nn.Linear(4, 4), ScaledAttention(4, 1)), "past its forward"),
         (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4).double()), "float64"),
-        (
-            nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")),
-            "parametrized",
-        ),
     ],
 )
 def test_what_stays_in_float_has_a_reason(model: nn.Sequential, reason: str) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from halfbyte.nn import (
+    QuantizedBilinear,
     QuantizedEmbeddingBag,
     QuantizedGRU,
     QuantizedGRUCell,
@@ -25,6 +25,7 @@ from halfbyte.nn import (
     QuantizedRNNCell,
     as_linear,
 )
+from halfbyte.parametrized import resolved, why_resolved
 
 M = TypeVar("M", bound=nn.Module)
 _TYPE = "_halfbyte_type_before"  # plain attribute: copied and pickled with the module
@@ -91,7 +92,14 @@ def register_module(
 
 
 def take_apart(module: nn.Module) -> nn.Module | str | None:
-    """The module that takes the place of one with several weights; why there is none; None if it is of no registered type."""
+    """The module that takes the place of one with several weights; why there is none; None if it is of no registered type.
+
+    Of a parametrized module, it is made from the weights that the parametrization computes; a parametrized layer becomes a
+    plain one.
+    """
+    plain = resolved(module)
+    if plain is not None:
+        module = plain
     for module_type in type(module).__mro__:
         registration = _registered.get(module_type)
         if registration is None:
@@ -101,15 +109,13 @@ def take_apart(module: nn.Module) -> nn.Module | str | None:
             registration = _Registration(by_name, module_type.forward, lambda module: None)  # type: ignore[attr-defined]
         if type(module).forward is not registration.forward:
             return f"{type(module).__name__} has a forward of its own"
-        if parametrize.is_parametrized(module):
-            return "a weight is parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations"
         reason = registration.why_float(module)
         if reason is not None:
             return reason
         taken = registration.take_apart(module)
         taken.__dict__[_TYPE] = type(module).__name__
         return taken
-    return None
+    return plain if isinstance(plain, nn.Linear | nn.Embedding) else None
 
 
 def is_in_parts(module: nn.Module) -> bool:
@@ -206,19 +212,10 @@ class ModelInParts:
         return (name for name, its_whole in self.whole_of.items() if its_whole == whole)
 
 
-def _recurrent_reason(module: nn.Module) -> str | None:
-    missing = [
-        name for names in getattr(module, "_all_weights", ()) for name in names if name not in module._parameters
-    ]
-    return f"{missing[0]} is not a parameter (an old-style weight_norm hook computes it)" if missing else None
-
-
 def _attention_reason(module: nn.Module) -> str | None:
     out_proj = module.out_proj
     assert isinstance(out_proj, nn.Module)
-    if parametrize.is_parametrized(out_proj):
-        return "the weight of its out_proj is parametrized"
-    return None
+    return "the weight of its out_proj is parametrized" if why_resolved(out_proj) else None
 
 
 def _embedding_bag_reason(module: nn.Module) -> str | None:
@@ -230,12 +227,13 @@ def _linear_of_conv1d(module: nn.Module) -> nn.Module:
     return as_linear(module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
 
 
-register_module(nn.LSTM, QuantizedLSTM, why_float=_recurrent_reason)
-register_module(nn.GRU, QuantizedGRU, why_float=_recurrent_reason)
-register_module(nn.RNN, QuantizedRNN, why_float=_recurrent_reason)
+register_module(nn.LSTM, QuantizedLSTM)
+register_module(nn.GRU, QuantizedGRU)
+register_module(nn.RNN, QuantizedRNN)
 register_module(nn.LSTMCell, QuantizedLSTMCell)
 register_module(nn.GRUCell, QuantizedGRUCell)
 register_module(nn.RNNCell, QuantizedRNNCell)
 register_module(nn.MultiheadAttention, QuantizedMultiheadAttention, why_float=_attention_reason)
+register_module(nn.Bilinear, QuantizedBilinear)
 register_module(nn.EmbeddingBag, QuantizedEmbeddingBag, why_float=_embedding_bag_reason)
 _BY_NAME["transformers.pytorch_utils.Conv1D"] = _linear_of_conv1d

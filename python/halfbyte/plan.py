@@ -16,6 +16,7 @@ from halfbyte.nn import QuantizedModule
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
 from halfbyte.ops import Layout
+from halfbyte.parametrized import why_resolved
 from halfbyte.parts import ModelInParts, take_apart
 from halfbyte.recipe import Pattern, Recipe, as_recipe
 from halfbyte.schemes import Scheme, int8_dynamic
@@ -268,7 +269,8 @@ class _Resolver:
         if not weight.is_floating_point():
             raise QuantizationError(f"{name}: weight has dtype {weight.dtype}; quantize floating-point weights")
         scheme, override = self._resolve(name)
-        choice = _Choice(scheme, override)
+        whole = self.view.whole(name)
+        choice = _Choice(scheme, override, reason=(why_resolved(whole[1]) or "") if whole else "")
         if scheme is None:
             choice.reason = "left as it is by the recipe"
         elif isinstance(scheme.weight, FloatFormat) and scheme.weight.dtype == weight.dtype:
@@ -350,6 +352,7 @@ class _Resolver:
             weight = module._parameters.get("weight")
             weight_is_new = weight is not None and id(weight) not in seen
             before = _bytes_not_seen(tensors, seen)
+            surplus = self._surplus_bytes(name)
             choice = choices.get(name) or _Choice(None, None, why_float(name, module, self.modules) or "")
             after, shape, kernel = before, None, "torch"
             whole = self.view.whole(name)
@@ -367,7 +370,7 @@ class _Resolver:
                 scheme=choice.scheme,
                 reason=choice.reason,
                 shape=shape,
-                bytes_before=before,
+                bytes_before=before + surplus,
                 bytes_after=after,
                 kernel=kernel,
                 layout=choice.layout,
@@ -375,6 +378,16 @@ class _Resolver:
                 part_of=None if whole is None else whole[0],
                 fallbacks=choice.fallbacks,
             )
+
+    def _surplus_bytes(self, name: str) -> int:
+        """What the parameters that a weight is computed from take beyond the weight, counted with the first part."""
+        whole = self.view.whole(name)
+        if whole is None or why_resolved(whole[1]) is None or name != next(self.view.parts(whole[0])):
+            return 0
+        own, parts = whole[1], self.modules[whole[0]]
+        return sum(t.nbytes for t in (*own.parameters(), *own.buffers())) - sum(
+            t.nbytes for t in (*parts.parameters(), *parts.buffers())
+        )
 
 
 def kernel_name(module: nn.Module, scheme: Scheme) -> str:

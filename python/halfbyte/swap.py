@@ -14,6 +14,7 @@ from types import FrameType
 
 from torch import nn
 
+from halfbyte.parametrized import without_norm_hooks
 from halfbyte.parts import ModelInParts, keep_type_before
 from halfbyte.targets import disable_fast_paths, is_converted
 
@@ -27,6 +28,7 @@ def replace_module(model: nn.Module, names: Sequence[str], new: nn.Module) -> No
     keep_type_before(old, new)
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
+    new._forward_pre_hooks = without_norm_hooks(old)  # type: ignore[assignment]
     for name in names:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = new
@@ -45,7 +47,9 @@ def put_parts_in_place(model: nn.Module, names: Collection[str]) -> Callable[[],
     def undo() -> None:
         with interrupts_deferred():
             for all_names, whole in wholes:
+                hooks = whole._forward_pre_hooks
                 replace_module(model, all_names, whole)
+                whole._forward_pre_hooks = hooks
             enable_fast_paths()
 
     return undo

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedModule
 from halfbyte.parts import is_in_parts, take_apart
@@ -50,11 +49,9 @@ def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) ->
     for parent in _parents(name):
         if isinstance(modules[parent], nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight past its forward"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations"
     weight = module._parameters.get("weight")
     if weight is None:
-        return "its weight is not a parameter (an old-style weight_norm or spectral_norm hook computes it)"
+        return "its weight is not a parameter: something else computes it"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its rows in forward"
     if weight.dtype == torch.float64:

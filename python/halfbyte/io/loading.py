@@ -20,6 +20,7 @@ from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
 from halfbyte.nn import FoldedBatchNorm, HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
+from halfbyte.parametrized import why_resolved
 from halfbyte.parts import is_in_parts, take_apart
 from halfbyte.swap import in_parts, interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
@@ -66,7 +67,7 @@ def load_(skeleton: M, path: str | os.PathLike[str]) -> M:
             with Reader(path) as reader:
                 manifest = _read_manifest(reader)
                 _check_in_parts(skeleton, manifest)
-                stack.enter_context(in_parts(skeleton, manifest.in_parts.keys()))
+                stack.enter_context(in_parts(skeleton, manifest.in_parts.keys() | _to_resolve(skeleton, manifest)))
                 stack.enter_context(_folded_alike(skeleton, manifest))
                 _check_modules(skeleton, manifest)
                 slots = _slots_to_fill(skeleton, manifest)
@@ -163,6 +164,12 @@ def _folded_alike(skeleton: nn.Module, manifest: Manifest) -> Iterator[None]:
         raise
 
 
+def _to_resolve(skeleton: nn.Module, manifest: Manifest) -> set[str]:
+    """Parametrized layers that have quantized weights in the file."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    return {name for name in manifest.modules if name in modules and why_resolved(modules[name]) is not None}
+
+
 def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:
     """Checks that each quantized module of the file has a float one to replace, and its tensors."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
@@ -181,9 +188,7 @@ def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:
             )
         weight = module._parameters.get("weight")
         if weight is None or is_lazy(weight):
-            raise FileFormatError(
-                f"module {name!r} has no weight parameter of known shape (a parametrization, perhaps)"
-            )
+            raise FileFormatError(f"module {name!r} has no weight parameter of known shape")
         if weight_shape(module) != entry.shape:
             raise FileFormatError(
                 f"module {name!r} has weight shape {weight_shape(module)} in the model and {entry.shape} in the file; "

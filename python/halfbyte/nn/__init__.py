@@ -6,6 +6,7 @@ weights (`QuantizedLSTM`, `QuantizedMultiheadAttention`, …) are made of these.
 
 from halfbyte.nn.as_layers import as_embedding, as_linear
 from halfbyte.nn.attention import QuantizedMultiheadAttention
+from halfbyte.nn.bilinear import QuantizedBilinear
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
 from halfbyte.nn.embedding_bag import QuantizedEmbeddingBag
 from halfbyte.nn.folded import FoldedBatchNorm
@@ -26,6 +27,7 @@ __all__ = [
     "HalfEmbedding",
     "HalfLinear",
     "PackedWeight",
+    "QuantizedBilinear",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "QuantizedGRU",
