@@ -47,7 +47,9 @@ def resolved(module: nn.Module) -> nn.Module | None:
         if parametrize.is_parametrized(module):
             weights |= _parametrized_weights(module)
             computed_from.add("parametrizations")
-    plain: nn.Module = nn.Module.__new__(type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module))
+    plain: nn.Module = nn.Module.__new__(
+        type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    )
     plain.__dict__ = {name: value for name, value in module.__dict__.items() if name not in weights}
     for kind in ("_parameters", "_buffers", "_modules"):
         members = getattr(module, kind)

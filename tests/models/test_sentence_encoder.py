@@ -46,3 +46,16 @@ def test_reloads_to_the_same_bits_in_a_new_process(encoder: Subject, tmp_path: P
     assert reload.same_in_new_process(
         "minilm", [(tmp_path / "model.safetensors", tmp_path / "expected.safetensors")]
     ) == [True]
+
+
+def test_encoder_on_pytorchs_own_layers_keeps_its_rank_correlation(encoder: Subject, shared_data: Path) -> None:
+    model = minilm.load_torch(shared_data)
+    ids, mask = (encoder.batches[20][name] for name in ("input_ids", "attention_mask"))
+    expected = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    kept = mask.bool()
+    assert (model(ids, mask).last_hidden_state[kept] - expected[kept]).abs().max().item() < 1e-4
+    report = hb.quantize_(model, hb.int8_dynamic(), progress=False)
+    assert isinstance(model.encoder.layers[0].self_attn, hb.nn.QuantizedMultiheadAttention)
+    assert report.bytes_after < report.bytes_before / 3.5
+    spearman, _ = minilm.score(minilm.embed(model, encoder.pairs), encoder.pairs)
+    assert abs(spearman - encoder.spearman) < 0.003

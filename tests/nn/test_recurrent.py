@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -336,9 +337,94 @@ def test_bad_input_is_refused(x: Tensor, hx: object, error: type[Exception], mes
         rnn(x, hx)
 
 
-@pytest.mark.parametrize("batch_sizes", [[2, 0], [1, 2], [3, 1], [2, 2]])
-def test_bad_packed_sequence_is_refused(batch_sizes: list[int]) -> None:
-    rnn = quantized(float_rnn("lstm"), hb.int8_dynamic())
+@pytest.mark.parametrize(
+    ("batch_sizes", "message"),
+    [
+        ([2, 0], r"batch_sizes\[1\]=0 .* is not in 1..2"),
+        ([0, 3], r"batch_sizes\[0\]=0"),
+        ([1, 2], r"batch_sizes\[1\]=2 .* is not in 1..1"),
+        ([3, 1], "add up to 4, its data has 3 rows"),
+        ([2, -1, 2], r"batch_sizes\[1\]=-1"),
+    ],
+)
+@pytest.mark.parametrize("scheme", [hb.int8_dynamic(), hb.bf16()], ids=str)
+def test_bad_packed_sequence_is_refused(batch_sizes: list[int], message: str, scheme: hb.Scheme) -> None:
+    rnn = quantized(float_rnn("lstm"), scheme)
     packed = PackedSequence(torch.zeros(3, 24), torch.tensor(batch_sizes), None, None)
-    with pytest.raises((ValueError, RuntimeError), match="batch_sizes"):
+    with pytest.raises(ValueError, match=message):
         rnn(packed)
+
+
+@pytest.mark.parametrize(
+    ("hx", "error", "message"),
+    [
+        (torch.zeros(2, 31), ValueError, r"h has shape \(2, 31\); \(2, 32\) is needed"),
+        (torch.zeros(3, 32), ValueError, r"h has shape \(3, 32\)"),
+        (torch.zeros(2, 32).double(), TypeError, "h has dtype torch.float64, the input torch.float32"),
+        ([0.0], TypeError, "h is a list"),
+    ],
+)
+def test_bad_state_of_a_cell_is_refused(hx: object, error: type[Exception], message: str) -> None:
+    cell = quantized(nn.GRUCell(24, 32), hb.int8_dynamic())
+    with pytest.raises(error, match=message):
+        cell(torch.zeros(2, 24), hx)
+    with pytest.raises(ValueError, match=r"use \[B, 24\]"):
+        cell(torch.zeros(2, 23))
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("lstm", 4), ("gru", 3), ("rnn_tanh", 1)])
+def test_opcheck(cell: str, gates: int) -> None:
+    index = ["lstm", "gru", "rnn_tanh"].index(cell)
+    h, c = torch.randn(2, 16), torch.randn(2, 16) if cell == "lstm" else None
+    codes = torch.randint(-8, 8, (gates * 16, 16), dtype=torch.int8)
+    packed, scale = hb.ops.pack(codes, 4, layout="tiles"), torch.rand(1, gates * 16)
+    for x, sizes in ((torch.randn(3, 2, gates * 16), None), (torch.randn(5, gates * 16), torch.tensor([2, 2, 1]))):
+        torch.library.opcheck(
+            torch.ops.halfbyte.recurrent.default,
+            (x, h, c, packed, scale, None, torch.randn(gates * 16), index, 4, 16, True, False, sizes),
+        )
+    state = {"lstm": c, "gru": h}.get(cell)
+    x_gates, h_gates = torch.randn(2, 2, gates * 16)
+    torch.library.opcheck(torch.ops.halfbyte.recurrent_cell.default, (x_gates, h_gates, state, index))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("both_ways", [False, True])
+@torch.no_grad()
+def test_packed_steps_of_many_threads_give_equal_bits(cell: str, both_ways: bool, restore_threads: None) -> None:
+    directions = 2 if both_ways else 1
+    rnn = quantized(float_rnn(cell, hidden=512, bidirectional=both_ways), hb.int8_dynamic())
+    packed = pack_padded_sequence(torch.randn(7, 4, 24), [7, 5, 5, 2])
+    states = (torch.randn(directions, 4, 512), torch.randn(directions, 4, 512))
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        output, last = rnn(packed, states if cell == "lstm" else states[0])
+        results.append((output.data, *states_of(last)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@torch.no_grad()
+def test_many_callers_at_a_time_do_not_wait_for_one_another() -> None:
+    rnn = quantized(float_rnn("lstm", hidden=512), hb.int8_dynamic())
+    x = torch.randn(20, 2, 24)
+    expected = rnn(x)[0]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: rnn(x)[0], range(8)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+@torch.no_grad()
+def test_other_layers_are_exported_compiled_copied_and_pickled(kind: type[nn.RNNBase]) -> None:
+    rnn = quantized(kind(24, 32, num_layers=2, batch_first=True).eval(), hb.int4_int8_dynamic(8))
+    x = torch.randn(2, 7, 24)
+    expected = rnn(x)[0]
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(rnn, (x,), dynamic_shapes={"input": {1: length}})
+    longer = torch.randn(2, 12, 24)
+    assert torch.equal(program.module()(longer)[0], rnn(longer)[0])
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
+    for other in (compiled, copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert torch.equal(other(x)[0], expected)

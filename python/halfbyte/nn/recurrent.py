@@ -7,6 +7,8 @@ where the scheme says so; otherwise (float or 16-bit parts, a projection) they r
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,6 +115,8 @@ class QuantizedRecurrent(nn.Module):
             batch = x.shape[1]
         else:
             batch = int(packed.batch_sizes[0])
+            if not torch.compiler.is_compiling():
+                _check_batch_sizes(name, packed.batch_sizes.tolist(), x.shape[0])
         states = self._initial(hidden, x, batch, batched)
         if packed is not None and packed.sorted_indices is not None and hidden is not None:
             states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
@@ -365,6 +369,17 @@ class QuantizedRNNCell(QuantizedGRUCell):
         super().__init__(cell)
         self.nonlinearity = cell.nonlinearity
         self.cell = "rnn_tanh" if cell.nonlinearity == "tanh" else "rnn_relu"
+
+
+def _check_batch_sizes(name: str, sizes: list[int], rows: int) -> None:
+    for step, (before, size) in enumerate(pairwise([*sizes[:1], *sizes])):
+        if not 1 <= size <= before:
+            raise ValueError(
+                f"{name}: batch_sizes[{step}]={size} of the packed sequence is not in 1..{before}; every sequence has at least "
+                "one step, and sizes do not grow"
+            )
+    if sum(sizes) != rows:
+        raise ValueError(f"{name}: batch_sizes of the packed sequence add up to {sum(sizes)}, its data has {rows} rows")
 
 
 def _check_state(label: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
