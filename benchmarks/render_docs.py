@@ -40,6 +40,18 @@ def linear_table(document: dict[str, list[dict[str, object]]]) -> str:
     return "\n".join(lines)
 
 
+def recurrent_table(document: dict[str, list[dict[str, object]]], part: str) -> str:
+    """Milliseconds of each contender of the LSTM or bag cases, and how many times faster than PyTorch's quantized form."""
+    rows = [row for row in document["rows"] if str(row["case"]).startswith(part)]
+    lines = ["| case | contender | ms | vs float32 | vs PyTorch quantized |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {row['case']} | {row['contender']} | {row['median_ms']:.3f} | {row['ratio_to_float']:.2f} | "
+        f"{row['ratio_to_quantized']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 def replacement(match: re.Match[str]) -> str:
     """The marker, the table and its origin."""
     file, section, kind = match[2], match[3], match[4]
@@ -53,6 +65,13 @@ def replacement(match: re.Match[str]) -> str:
             f"--shapes {section} --rows {counts} --json benchmarks/results/linear.json`"
         )
         return f"{match[1]}\n{linear_table(content)}\n\n{origin}\n\n{match[5]}"
+    if file == "recurrent.json":
+        machine = content["machine"]
+        origin = (
+            f"{machine['cpu']}, {machine['level']}, {machine['threads']} threads, PyTorch {machine['torch']}: "
+            f"`{machine['command']}`"
+        )
+        return f"{match[1]}\n{recurrent_table(content, section)}\n\n{origin}\n\n{match[5]}"
     document = content[section]
     table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
     machine = document["environment"]

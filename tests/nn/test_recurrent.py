@@ -378,14 +378,55 @@ def test_opcheck(cell: str, gates: int) -> None:
     h, c = torch.randn(2, 16), torch.randn(2, 16) if cell == "lstm" else None
     codes = torch.randint(-8, 8, (gates * 16, 16), dtype=torch.int8)
     packed, scale = hb.ops.pack(codes, 4, layout="tiles"), torch.rand(1, gates * 16)
+    projection = (None, None, None, None, 0, 0, False, None, None, None)
     for x, sizes in ((torch.randn(3, 2, gates * 16), None), (torch.randn(5, gates * 16), torch.tensor([2, 2, 1]))):
         torch.library.opcheck(
             torch.ops.halfbyte.recurrent.default,
-            (x, h, c, packed, scale, None, torch.randn(gates * 16), index, 4, 16, True, False, sizes),
+            (
+                x,
+                h,
+                c,
+                packed,
+                scale,
+                None,
+                torch.randn(gates * 16),
+                index,
+                4,
+                16,
+                True,
+                None,
+                None,
+                False,
+                sizes,
+                *projection,
+            ),
         )
     state = {"lstm": c, "gru": h}.get(cell)
     x_gates, h_gates = torch.randn(2, 2, gates * 16)
     torch.library.opcheck(torch.ops.halfbyte.recurrent_cell.default, (x_gates, h_gates, state, index))
+
+
+@pytest.mark.parametrize("scheme", [hb.int8_dynamic(), hb.int4_weight_only(8), hb.int4_int8_dynamic(8)], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@torch.no_grad()
+def test_projection_equals_a_step_by_step_reference_bit_for_bit(scheme: hb.Scheme, restore_threads: None) -> None:
+    rnn = quantized(float_rnn("lstm", hidden=512, proj_size=40, bidirectional=True), scheme)
+    packed = pack_padded_sequence(torch.randn(6, 3, 24), [6, 4, 1])
+    states = torch.randn(2, 3, 40), torch.randn(2, 3, 512)
+    expected_steps = []
+    h, c = states[0][0], states[1][0]
+    for token in pad_packed_sequence(packed)[0][:, :1]:  # the sequence that has all steps, forwards
+        h, c = functional.recurrent_step("lstm", rnn.ih_l0(token), rnn.hh_l0(h[:1]), h[:1], c[:1])
+        h = rnn.hr_l0(h)
+        expected_steps.append(h)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        output, last = rnn(packed, states)
+        results.append((output.data, *last))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(pad_packed_sequence(output)[0][:, 0, :40], torch.cat(expected_steps))
+    assert torch.equal(last[0][0, 0], expected_steps[-1][0])
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -403,6 +444,38 @@ def test_packed_steps_of_many_threads_give_equal_bits(cell: str, both_ways: bool
         results.append((output.data, *states_of(last)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("zero_point", [0, 7])
+@torch.no_grad()
+def test_given_scale_of_the_hidden_state_gives_the_integers_of_linear_int8(zero_point: int) -> None:
+    rnn = quantized(float_rnn("lstm"), hb.int8_dynamic())
+    hh, x_gates = rnn.hh_l0, torch.randn(6, 3, 128)
+    qparams = {"act_scale": torch.tensor(1 / 127), "act_zero_point": torch.tensor(zero_point, dtype=torch.int32)}
+    weight = (hh.qweight, hh.scale, hh.zero_point, hh.bias)
+    h = c = torch.zeros(3, 32)
+    output, _, _ = hb.ops.recurrent(x_gates, h, c, *weight, cell="lstm", bits=8, group_size=32, int8=True, **qparams)
+    for x, expected in zip(x_gates, output, strict=True):
+        h_gates = hb.ops.linear_int8(h, *weight, bits=8, out_features=128, group_size=32, **qparams)
+        h, c = functional.recurrent_step("lstm", x, h_gates, h, c)
+        assert torch.equal(h, expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@torch.no_grad()
+def test_static_scales_equal_a_step_by_step_reference(symmetric: bool) -> None:
+    reference = float_rnn("lstm", num_layers=2, bidirectional=True)
+    model = nn.ModuleDict({"m": copy.deepcopy(reference)})
+    x = torch.randn(9, 3, 24)
+    scheme = hb.int8_static(symmetric=symmetric)
+    hb.quantize_(model, scheme, [x], progress=False, forward=lambda m, batch: m["m"](batch))
+    rnn = model["m"]
+    assert rnn.hh_l1.act_scale is not None
+    output, states = rnn(x)
+    expected, expected_states = step_by_step(rnn, x)
+    assert torch.equal(output, expected)
+    assert all(torch.equal(a, b) for a, b in zip(states, expected_states, strict=True))
+    assert ((output - reference(x)[0]).norm() / output.norm()).item() < 0.03
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ struct CellStep {
   const float* h_gates;  // [rows, gates * hidden], row stride h_stride
   int64_t x_stride, h_stride;
   int64_t hidden;
-  float* h;  // [rows, hidden]: state before, overwritten by the one after
-  float* c;  // the same for an LSTM's cell state, else null
-  float* y;  // [rows, hidden]: gets h' as well
+  const float* h;  // [rows, hidden]: state before; only a GRU reads it
+  float* c;        // [rows, hidden]: an LSTM's cell state before, overwritten by the one after; else null
+  float* y;        // [rows, hidden]: gets h'
 };
 
 struct RecurrentKernels {

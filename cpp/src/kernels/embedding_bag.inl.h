@@ -1,5 +1,5 @@
 // Sums of rows of a packed table. Bound by the latency of reading rows at random, which the caller hides by
-// prefetching; beside that, 128 elements take about 30 vector operations a row.
+// prefetching; beside that, 128 elements take about 40 vector operations a row.
 #pragma once
 #include "halfbyte/embedding_bag.h"
 #include "tile_walk.inl.h"
@@ -7,11 +7,10 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kBagBlock = 64;  // packed bytes of a row that are summed at a time
+constexpr int64_t kBagSums = 8;  // vectors of sums: 128 elements are one pass over the rows
 
-// Elements of one block: `bytes` packed bytes of each row, in `Vectors` = ceil(bytes / 16) vectors for each of the
-// 8 / Bits codes in a byte. Vector v of code j holds elements (16 v + lane) * 8 / Bits + j, so out is written through
-// that order at the end.
+// Elements of `Vectors` x 16 packed bytes of each row, from byte `offset` on; of one vector, only `bytes` are there.
+// Vector v of code j holds elements (16 v + lane) * 8 / Bits + j: out is written through that order at the end.
 template <int Bits, int Vectors>
 void sum_block(const BagRows& rows, int64_t offset, int64_t bytes, float* out) {
   constexpr int kCodes = 8 / Bits;
@@ -20,16 +19,18 @@ void sum_block(const BagRows& rows, int64_t offset, int64_t bytes, float* out) {
   for (int v = 0; v < Vectors; ++v) group[v] = (offset + 16 * v) * kCodes / rows.group_size;
   F32x16 sum[kCodes][Vectors];
   unroll<kCodes>([&](auto j) { unroll<Vectors>([&](auto v) { sum[j][v] = set_f32(0.0f); }); });
+  alignas(64) uint8_t whole[64] = {}, codes[kCodes][64];
   for (int64_t r = 0; r < rows.count; ++r) {
     const uint8_t* packed = rows.codes[r] + offset;
-    alignas(64) uint8_t whole[kBagBlock];
-    if (bytes % 16 != 0 || (Bits != 8 && bytes < kBagBlock)) {
-      std::memset(whole, 0, sizeof(whole));
+    if (bytes < 16) {
       std::memcpy(whole, packed, static_cast<size_t>(bytes));
       packed = whole;
     }
-    alignas(64) uint8_t codes[kCodes][kBagBlock];
     if constexpr (Bits != 8) {
+      if (Vectors < 4 && bytes >= 16) {
+        unroll<Vectors>([&](auto v) { std::memcpy(whole + 16 * v, packed + 16 * v, 16); });
+        packed = whole;
+      }
       const U8x64 row = load_row(packed);
       unroll<kCodes>([&](auto j) { store_row(codes[j], shift_and<Bits * j, (1 << Bits) - 1>(row)); });
     }
@@ -39,8 +40,8 @@ void sum_block(const BagRows& rows, int64_t offset, int64_t bytes, float* out) {
       const F32x16 times = set_f32(factor[group[v]]);
       const I32x16 minus = set_i32(zero[group[v]]);
       unroll<kCodes>([&](auto j) {
-        const uint8_t* from = Bits == 8 ? packed : codes[j];
-        sum[j][v] = fma_f32(times, to_float(sub_i32(load_u8_to_i32(from + 16 * v), minus)), sum[j][v]);
+        const uint8_t* from = (Bits == 8 ? packed : codes[j]) + 16 * v;
+        sum[j][v] = fma_f32(times, to_float(sub_i32(load_u8_to_i32(from), minus)), sum[j][v]);
       });
     });
   }
@@ -54,22 +55,14 @@ void sum_block(const BagRows& rows, int64_t offset, int64_t bytes, float* out) {
 
 template <int Bits>
 void sum_rows_of(const BagRows& rows, float* out) {
+  constexpr int kVectors = kBagSums * Bits / 8;
   const int64_t row_bytes = ceil_div(rows.dim * Bits, 8);
-  for (int64_t offset = 0; offset < row_bytes; offset += kBagBlock) {
-    const int64_t bytes = std::min(kBagBlock, row_bytes - offset);
-    switch (ceil_div(bytes, 16)) {
-      case 1:
-        sum_block<Bits, 1>(rows, offset, bytes, out);
-        break;
-      case 2:
-        sum_block<Bits, 2>(rows, offset, bytes, out);
-        break;
-      case 3:
-        sum_block<Bits, 3>(rows, offset, bytes, out);
-        break;
-      default:
-        sum_block<Bits, 4>(rows, offset, bytes, out);
-    }
+  int64_t offset = 0;
+  for (; offset + 16 * kVectors <= row_bytes; offset += 16 * kVectors) {
+    sum_block<Bits, kVectors>(rows, offset, 16 * kVectors, out);
+  }
+  for (; offset < row_bytes; offset += 16) {
+    sum_block<Bits, 1>(rows, offset, std::min<int64_t>(16, row_bytes - offset), out);
   }
 }
 

@@ -11,21 +11,21 @@ namespace halfbyte {
 namespace {
 namespace elementwise {
 
-inline Lanes operator/(const Lanes& a, const Lanes& b) {
+[[gnu::always_inline]] inline Lanes operator/(const Lanes& a, const Lanes& b) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = a.batch[i] / b.batch[i];
   return lanes;
 }
 
 // a < b ? v : w; false where a or b is NaN.
-inline Lanes select_less(const Lanes& a, const Lanes& b, const Lanes& v, const Lanes& w) {
+[[gnu::always_inline]] inline Lanes select_less(const Lanes& a, const Lanes& b, const Lanes& v, const Lanes& w) {
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) lanes.batch[i] = xsimd::select(a.batch[i] < b.batch[i], v.batch[i], w.batch[i]);
   return lanes;
 }
 
 // 2^n of an integer n, |n| <= 126. Adding 1.5 * 2^23 (bits 0x4b400000) leaves n in the low bits of the sum.
-inline Lanes power_of_two(const Lanes& n) {
+[[gnu::always_inline]] inline Lanes power_of_two(const Lanes& n) {
   const Lanes shifted = n + broadcast(12582912.f);
   Lanes lanes;
   for (int i = 0; i < kBatches; ++i) {
@@ -36,10 +36,10 @@ inline Lanes power_of_two(const Lanes& n) {
 }
 
 // v * x + c, rounded twice.
-inline Lanes horner(const Lanes& v, const Lanes& x, float c) { return v * x + broadcast(c); }
+[[gnu::always_inline]] inline Lanes horner(const Lanes& v, const Lanes& x, float c) { return v * x + broadcast(c); }
 
 // e^x of x clamped to [-87, 87], where it is a normal number; NaN stays NaN.
-inline Lanes exponential(const Lanes& x) {
+[[gnu::always_inline]] inline Lanes exponential(const Lanes& x) {
   const Lanes v = clamp(x, broadcast(-87.f), broadcast(87.f));
   const Lanes n = round_small(v * broadcast(1.44269504f));
   const Lanes r = (v - n * broadcast(0.693359375f)) - n * broadcast(-2.12194440e-4f);
@@ -52,13 +52,13 @@ inline Lanes exponential(const Lanes& x) {
   return (p * (r * r) + r + broadcast(1.f)) * power_of_two(n);
 }
 
-inline Lanes sigmoid(const Lanes& x) {
+[[gnu::always_inline]] inline Lanes sigmoid(const Lanes& x) {
   const Lanes one = broadcast(1.f);
   return one / (one + exponential(broadcast(0.f) - x));
 }
 
 // 1 - 2 / (e^2|x| + 1) loses digits where tanh is small: below 0.625 the odd Cephes polynomial of degree 11 stands in.
-inline Lanes tanh(const Lanes& x) {
+[[gnu::always_inline]] inline Lanes tanh(const Lanes& x) {
   const Lanes zero = broadcast(0.f), one = broadcast(1.f), two = broadcast(2.f);
   const Lanes size = abs(x), square = x * x;
   Lanes p = broadcast(-5.70498872745e-3f);

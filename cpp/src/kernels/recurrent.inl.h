@@ -47,7 +47,6 @@ inline void step_units(const CellStep& s, int64_t row, int64_t unit, int64_t cou
   } else {
     state = max(gate(0), broadcast(0.f));
   }
-  store_first(s.h + at, state, count);
   store_first(s.y + at, state, count);
 }
 

@@ -18,7 +18,7 @@ enum class Mode : int64_t { kSum = 0, kMean = 1, kMax = 2 };
 
 constexpr int64_t kGrain = 1 << 13;  // elements read that a thread takes at least
 constexpr int64_t kPiece = 1024;     // rows of a bag that are summed at a time; pieces are added in order
-constexpr int64_t kAhead = 40;       // rows between the one at hand and the one being prefetched: a bag or so
+constexpr int64_t kAhead = 32;       // rows between the one at hand and the one being prefetched: a bag or so
 
 struct Table {
   TileShape shape;
@@ -40,14 +40,16 @@ struct Table {
     kernels().elementwise.to_float(scale + at * 2, scale_type, &value, 1);
     return value;
   }
-  // Codes, scale and zero point of a row that will be read soon.
+  // Codes, scale and zero point of a row that will be read soon. Into the second-level cache: it takes more requests at
+  // a time than the first, which made twice the speed where rows come from memory.
   void prefetch(int64_t row) const {
     if (tiled) return;
+    const auto request = [](const void* address) { __builtin_prefetch(address, 0, 2); };
     const uint8_t* packed = codes + row * row_bytes;
-    for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(packed + byte);
-    __builtin_prefetch(packed + row_bytes - 1);
-    __builtin_prefetch(scale + qparam_at(row, 0) * (scale_type == FloatType::kFloat32 ? 4 : 2));
-    if (zero_point != nullptr) __builtin_prefetch(zero_point + qparam_at(row, 0));
+    for (int64_t byte = 0; byte < row_bytes; byte += 64) request(packed + byte);
+    request(packed + row_bytes - 1);
+    request(scale + qparam_at(row, 0) * (scale_type == FloatType::kFloat32 ? 4 : 2));
+    if (zero_point != nullptr) request(zero_point + qparam_at(row, 0));
   }
 };
 
@@ -89,22 +91,27 @@ class BagReader {
  private:
   // The next rows of a bag with their factors and zero points, padding left out; moves `at` past them.
   int64_t take(int64_t& at, int64_t end) {
-    const int64_t groups = table_.shape.groups();
     rows_.clear();
     factor_.clear();
-    zero_.clear();
+    const int64_t groups = table_.shape.groups();
+    const bool plain = groups == 1 && !table_.tiled && table_.scale_type == FloatType::kFloat32;
     for (; at < end && static_cast<int64_t>(rows_.size()) < kPiece; ++at) {
       if (at + kAhead < count_) table_.prefetch(ids_[at + kAhead]);
       const int64_t row = ids_[at];
       if (row == padding_row_) continue;
       rows_.push_back(row);
       const float weight = weights_ == nullptr ? 1.f : weights_[at];
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t qparam = table_.qparam_at(row, g);
-        factor_.push_back(weight * table_.scale_at(qparam));
-        zero_.push_back(table_.binary()                ? 1
-                        : table_.zero_point != nullptr ? table_.zero_point[qparam]
-                                                       : 1 << (table_.shape.bits - 1));
+      if (plain) {
+        factor_.push_back(weight * reinterpret_cast<const float*>(table_.scale)[row]);
+      } else {
+        for (int64_t g = 0; g < groups; ++g) factor_.push_back(weight * table_.scale_at(table_.qparam_at(row, g)));
+      }
+    }
+    zero_.resize(factor_.size(), table_.binary() ? 1 : 1 << (table_.shape.bits - 1));
+    if (table_.zero_point != nullptr) {
+      size_t to = 0;
+      for (const int64_t row : rows_) {
+        for (int64_t g = 0; g < groups; ++g) zero_[to++] = table_.zero_point[table_.qparam_at(row, g)];
       }
     }
     return static_cast<int64_t>(rows_.size());
@@ -246,9 +253,10 @@ Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor 
   }
 
   const Integers ids(indices, "indices"), starts(offsets, "offsets");
-  for (int64_t i = 0; i < ids.size(); ++i) {
-    check(ids.data()[i] >= 0 && ids.data()[i] < num_embeddings, "index ", ids.data()[i],
-          " is outside a table of num_embeddings=", num_embeddings);
+  const auto outside = [&](int64_t id) { return static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_embeddings); };
+  const int64_t* const bad = std::find_if(ids.data(), ids.data() + ids.size(), outside);
+  if (bad != ids.data() + ids.size()) {
+    check(false, "index ", *bad, " is outside a table of num_embeddings=", num_embeddings);
   }
   const int64_t bags = starts.size() - (include_last_offset ? 1 : 0);
   check(bags >= 0, "offsets are empty; with include_last_offset they hold at least one");

@@ -70,11 +70,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                                                       OptionalTensor codebook);
 
 // recurrent_ops.cpp: `cell` is a Cell of recurrent.h; the last result is the cell state, empty where there is none. The
-// state of one step is an LSTM's cell state or a GRU's hidden state.
+// state of one step is an LSTM's cell state or a GRU's hidden state. `proj_*`: an LSTM's projection, if it has one.
 std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,
                                              OptionalTensor zero_point, OptionalTensor bias, int64_t cell, int64_t bits,
-                                             int64_t group_size, bool int8, bool reverse, OptionalTensor batch_sizes,
-                                             OptionalTensor codebook);
+                                             int64_t group_size, bool int8, OptionalTensor act_scale,
+                                             OptionalTensor act_zero_point, bool reverse, OptionalTensor batch_sizes,
+                                             OptionalTensor codebook, OptionalTensor proj_qweight,
+                                             OptionalTensor proj_scale, OptionalTensor proj_zero_point,
+                                             int64_t proj_bits, int64_t proj_group_size, bool proj_int8,
+                                             OptionalTensor proj_act_scale, OptionalTensor proj_act_zero_point,
+                                             OptionalTensor proj_codebook);
 std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
 
 // embedding_bag_ops.cpp: mode is 0 sum, 1 mean, 2 max.

@@ -2,15 +2,19 @@
 // given both halves.
 //
 // A step quantizes (or pads) the hidden state, multiplies it by the weights of all gates and applies the gates. Units
-// of the hidden state are split over threads, each with the same units of every gate, so that a thread's share of the
-// product and its gates are one parallel section; only the state's codes are shared between steps.
+// of the hidden state are split over threads, each with the same units of every gate; each thread quantizes the whole
+// state for itself. So threads wait for one another once a step (step_team.h). The state before a step is the output of
+// the step before, or h0.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "halfbyte/dispatch.h"
+#include "step_team.h"
 #include "tensor_checks.h"
 
 namespace halfbyte::ops {
@@ -54,13 +58,39 @@ void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, con
   check(false, name, " does not have the shape (", text.str(), ")");
 }
 
-// The hidden weights, checked against the size of the state.
+// How the rows that a weight multiplies are read: as floats, or as int8 codes whose scale is found for each row or
+// given.
+struct Activation {
+  bool int8 = false;
+  float scale = 0.f;  // 0: found for each row
+  int32_t zero_point = 0;
+
+  Activation(bool int8_, const OptionalTensor& act_scale, const OptionalTensor& act_zero_point) : int8(int8_) {
+    check(!act_zero_point || act_scale, "act_zero_point needs act_scale");
+    check(!act_scale || int8, "act_scale needs int8");
+    if (act_scale) {
+      check_type(*act_scale, ScalarType::Float, "act_scale");
+      check(act_scale->numel() == 1, "act_scale must have one element");
+      scale = *floats(*act_scale);
+      check(scale > 0.f && std::isfinite(scale), "act_scale=", scale, " is not positive and finite");
+    }
+    if (act_zero_point) {
+      check_type(*act_zero_point, ScalarType::Int, "act_zero_point");
+      check(act_zero_point->numel() == 1, "act_zero_point must have one element");
+      zero_point = *static_cast<const int32_t*>(act_zero_point->const_data_ptr());
+      check(zero_point >= -128 && zero_point <= 127, "act_zero_point=", zero_point, " is not in [-128, 127]");
+    }
+  }
+};
+
+// The weights of the hidden state or of its projection, checked against its size.
 class HiddenWeight {
  public:
   HiddenWeight(const Tensor& qweight, const Tensor& scale, const OptionalTensor& zero_point, const OptionalTensor& bias,
                const OptionalTensor& codebook, int64_t out_features, int64_t in_features, int64_t bits,
-               int64_t group_size)
-      : qweight_(as_contiguous(qweight)), scale_(as_contiguous(scale)) {
+               int64_t group_size, const Activation& activation)
+      : qweight_(as_contiguous(qweight)), scale_(as_contiguous(scale)), activation_(activation) {
+    check(!codebook || !activation.int8, "a codebook needs float activations");
     check(bits >= 1 && bits <= 8, "bits=", bits, " is outside 1..8");
     check(group_size >= 1 && in_features % group_size == 0, "group_size=", group_size, " does not divide ",
           in_features);
@@ -89,66 +119,83 @@ class HiddenWeight {
 
   const TiledWeight& get() const { return weight_; }
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+  const Activation& activation() const { return activation_; }
 
  private:
   Tensor qweight_, scale_;
+  Activation activation_;
   OptionalTensor zero_point_;
   std::vector<float> bias_;
   TiledWeight weight_;
 };
 
-// The state as the product reads it, and the product.
-class HiddenProduct {
+// One thread's copy of some rows as a product reads them, and room for the product.
+class RowsProduct {
  public:
-  HiddenProduct(const HiddenWeight& weight, int64_t rows, bool int8)
-      : weight_(weight), shape_(weight.get().shape), int8_(int8), ld_(shape_.panels() * kPanel) {
+  RowsProduct(const HiddenWeight& weight, int64_t rows) : weight_(&weight), shape_(weight.get().shape) {
+    const Activation& activation = weight.activation();
     const int64_t chunks = shape_.groups() * chunks_per_group(shape_);
-    codes_ = aligned_bytes(rows * (int8 ? code_stride(shape_) : float_stride(shape_) * 4));
+    codes_ = aligned_bytes(rows * (activation.int8 ? code_stride(shape_) : float_stride(shape_) * 4));
     sums_ = aligned_bytes(rows * std::max(chunks, shape_.groups()) * 4);
     scales_.resize(static_cast<size_t>(rows));
-    gates_ = aligned_bytes(rows * ld_ * 4);
-    rows_ = {reinterpret_cast<int8_t*>(codes_.get()), scales_.data(), reinterpret_cast<int32_t*>(sums_.get()), 0};
+    scratch_ = aligned_bytes(kernels().matmul.scratch_bytes(shape_));
+    rows_ = {reinterpret_cast<int8_t*>(codes_.get()), scales_.data(), reinterpret_cast<int32_t*>(sums_.get()),
+             activation.zero_point};
   }
 
-  void read_state(const float* h, int64_t rows) {
+  // Rows [begin, end) of x `[*, in_features]`.
+  void read(const float* x, int64_t begin, int64_t end) {
     const MatmulKernels& matmul = kernels().matmul;
-    if (int8_) {
-      matmul.quantize_rows_dynamic(h, shape_.in_features, 0, rows, shape_, rows_);
-    } else {
-      matmul.pad_rows(h, shape_.in_features, 0, rows, shape_, reinterpret_cast<float*>(codes_.get()),
+    const Activation& activation = weight_->activation();
+    if (!activation.int8) {
+      matmul.pad_rows(x, shape_.in_features, begin, end, shape_, reinterpret_cast<float*>(codes_.get()),
                       reinterpret_cast<float*>(sums_.get()));
-    }
-  }
-
-  void multiply(int64_t rows, int64_t panel_begin, int64_t panel_end, void* scratch) {
-    const MatmulKernels& matmul = kernels().matmul;
-    if (int8_) {
-      matmul.matmul_int8(weight_.get(), rows_, 0, rows, panel_begin, panel_end, weight_.bias(), gates(), ld_, scratch);
+    } else if (activation.scale > 0.f) {
+      matmul.quantize_rows_static(x, shape_.in_features, begin, end, shape_, activation.scale, rows_);
     } else {
-      matmul.matmul_float(weight_.get(), reinterpret_cast<const float*>(codes_.get()),
-                          reinterpret_cast<const float*>(sums_.get()), 0, rows, panel_begin, panel_end, weight_.bias(),
-                          gates(), ld_, scratch);
+      matmul.quantize_rows_dynamic(x, shape_.in_features, begin, end, shape_, rows_);
     }
   }
 
-  float* gates() { return reinterpret_cast<float*>(gates_.get()); }
-  int64_t stride() const { return ld_; }
+  void multiply(int64_t rows, int64_t panel_begin, int64_t panel_end, float* y, int64_t ldy) {
+    const MatmulKernels& matmul = kernels().matmul;
+    if (weight_->activation().int8) {
+      matmul.matmul_int8(weight_->get(), rows_, 0, rows, panel_begin, panel_end, weight_->bias(), y, ldy,
+                         scratch_.get());
+    } else {
+      matmul.matmul_float(weight_->get(), reinterpret_cast<const float*>(codes_.get()),
+                          reinterpret_cast<const float*>(sums_.get()), 0, rows, panel_begin, panel_end, weight_->bias(),
+                          y, ldy, scratch_.get());
+    }
+  }
 
  private:
-  const HiddenWeight& weight_;
+  const HiddenWeight* weight_;
   TileShape shape_;
-  bool int8_;
-  int64_t ld_;
-  Buffer codes_, sums_, gates_;
+  Buffer codes_, sums_, scratch_;
   std::vector<float> scales_;
   QuantizedRows rows_;
 };
 
-// Rows of each step: all of them, or those that a packed sequence's batch_sizes say.
-struct Steps {
-  std::vector<int64_t> rows, offset;
+// The steps in the order in which they run, with the rows of each: all of them, or those that a packed sequence's
+// batch_sizes say.
+struct Step {
+  int64_t rows, offset;  // offset: rows of the steps that lie before it in memory
+};
 
-  Steps(const Tensor& x_gates, const OptionalTensor& batch_sizes, int64_t batch) {
+class Steps {
+ public:
+  Steps(const Tensor& x_gates, const OptionalTensor& batch_sizes, int64_t batch, bool reverse) {
+    read(x_gates, batch_sizes, batch);
+    if (reverse) std::reverse(steps_.begin(), steps_.end());
+  }
+  int64_t count() const { return static_cast<int64_t>(steps_.size()); }
+  const Step& operator[](int64_t i) const { return steps_[static_cast<size_t>(i)]; }
+  // Rows of step i that go on from the step before; the others begin.
+  int64_t going_on(int64_t i) const { return i == 0 ? 0 : std::min((*this)[i - 1].rows, (*this)[i].rows); }
+
+ private:
+  void read(const Tensor& x_gates, const OptionalTensor& batch_sizes, int64_t batch) {
     if (!batch_sizes) {
       check(x_gates.dim() == 3 && x_gates.size(1) == batch, "x_gates must have the shape (steps, ", batch,
             ", gates * hidden)");
@@ -166,92 +213,143 @@ struct Steps {
             "; sizes of a packed sequence do not grow and are not zero");
       add(before = values[t]);
     }
-    check(total == x_gates.size(0), "batch_sizes add up to ", total, " but x_gates has ", x_gates.size(0), " rows");
+    check(total_ == x_gates.size(0), "batch_sizes add up to ", total_, " but x_gates has ", x_gates.size(0), " rows");
   }
 
- private:
-  void add(int64_t count) {
-    rows.push_back(count);
-    offset.push_back(total);
-    total += count;
+  void add(int64_t rows) {
+    steps_.push_back({rows, total_});
+    total_ += rows;
   }
-  int64_t total = 0;
+
+  std::vector<Step> steps_;
+  int64_t total_ = 0;
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,
                                              OptionalTensor zero_point, OptionalTensor bias, int64_t cell_index,
-                                             int64_t bits, int64_t group_size, bool int8, bool reverse,
-                                             OptionalTensor batch_sizes, OptionalTensor codebook) {
+                                             int64_t bits, int64_t group_size, bool int8, OptionalTensor act_scale,
+                                             OptionalTensor act_zero_point, bool reverse, OptionalTensor batch_sizes,
+                                             OptionalTensor codebook, OptionalTensor proj_qweight,
+                                             OptionalTensor proj_scale, OptionalTensor proj_zero_point,
+                                             int64_t proj_bits, int64_t proj_group_size, bool proj_int8,
+                                             OptionalTensor proj_act_scale, OptionalTensor proj_act_zero_point,
+                                             OptionalTensor proj_codebook) {
   const Cell cell = cell_of(cell_index);
   check_type(x_gates, ScalarType::Float, "x_gates");
   check_type(h0, ScalarType::Float, "h0");
-  check(h0.dim() == 2, "h0 must have the shape (batch, hidden)");
-  const int64_t batch = h0.size(0), hidden = h0.size(1), gates = gates_of(cell);
+  check(h0.dim() == 2, "h0 must have the shape (batch, state)");
+  check(proj_qweight.has_value() == proj_scale.has_value(), "proj_qweight and proj_scale need one another");
+  check(!proj_qweight || cell == Cell::kLstm, "only an LSTM has a projection");
+  const int64_t batch = h0.size(0), width = h0.size(1), gates = gates_of(cell);
+  const int64_t columns = x_gates.dim() >= 2 ? x_gates.size(x_gates.dim() - 1) : 0;
+  check(columns > 0 && columns % gates == 0, "x_gates must have two dimensions at least and ", gates, " gates");
+  const int64_t hidden = columns / gates;
+  check(width > 0 && (width == hidden || proj_qweight), "x_gates must have ", gates * width, " columns");
   check(c0.has_value() == (cell == Cell::kLstm), "an LSTM needs c0, other cells have none");
   if (c0) {
     check_type(*c0, ScalarType::Float, "c0");
     check_shape(*c0, {batch, hidden}, "c0");
   }
-  check(x_gates.dim() >= 2 && x_gates.size(x_gates.dim() - 1) == gates * hidden, "x_gates must have ", gates * hidden,
-        " columns");
-  check(hidden > 0, "hidden is 0");
-  const Steps steps(x_gates, batch_sizes, batch);
-  check(!codebook || !int8, "a codebook needs float activations");
-  const HiddenWeight weight(qweight, scale, zero_point, bias, codebook, gates * hidden, hidden, bits, group_size);
+  const Steps steps(x_gates, batch_sizes, batch, reverse);
+  const HiddenWeight weight(qweight, scale, zero_point, bias, codebook, columns, width, bits, group_size,
+                            Activation(int8, act_scale, act_zero_point));
+  std::optional<HiddenWeight> projection;
+  if (proj_qweight) {
+    projection.emplace(*proj_qweight, *proj_scale, proj_zero_point, std::nullopt, proj_codebook, width, hidden,
+                       proj_bits, proj_group_size, Activation(proj_int8, proj_act_scale, proj_act_zero_point));
+  }
 
-  const Tensor x = as_contiguous(x_gates);
+  const Tensor x = as_contiguous(x_gates), first = as_contiguous(h0);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = hidden;
+  sizes.back() = width;
   Tensor output = new_tensor(x, sizes, ScalarType::Float);
-  Tensor h = copy_of(h0);
   Tensor c = c0 ? copy_of(*c0) : new_tensor(h0, {0}, ScalarType::Float);
-  auto* state = static_cast<float*>(h.mutable_data_ptr());
+  auto* c_data = c0 ? static_cast<float*>(c.mutable_data_ptr()) : nullptr;
   auto* y = static_cast<float*>(output.mutable_data_ptr());
 
   const TileShape& shape = weight.get().shape;
-  const MatmulKernels& matmul = kernels().matmul;
   const auto step_cell = kernels().recurrent.cell_step;
-  HiddenProduct product(weight, batch, int8);
   // A unit's gates lie in panels of their own only where `hidden` fills whole panels; else one thread does it all.
-  const int64_t unit_tile = matmul.panels_per_tile * kPanel;
-  const int64_t tiles = hidden % kPanel == 0 ? ceil_div(hidden, unit_tile) : 1;
+  const int64_t unit_tile = hidden % kPanel == 0 ? kernels().matmul.panels_per_tile * kPanel : hidden;
+  const int64_t tiles = ceil_div(hidden, unit_tile);
   const int64_t work = shape.panels() * shape.panel_bytes() * ceil_div(batch, 4);
   const int64_t chunks =
       std::clamp<int64_t>(work / kChunkBytes, 1, std::min<int64_t>(tiles, torch::stable::get_num_threads()));
-  const int64_t scratch_bytes = round_up(matmul.scratch_bytes(shape), 64);
-  const Buffer scratch = aligned_bytes(scratch_bytes * chunks);
+  const int64_t stride = shape.panels() * kPanel;
+  const Buffer h_gates = aligned_bytes(batch * stride * static_cast<int64_t>(sizeof(float)));
+  const Buffer unprojected = aligned_bytes(projection ? batch * hidden * static_cast<int64_t>(sizeof(float)) : 0);
+  auto* product = reinterpret_cast<float*>(h_gates.get());
+  auto* unprojected_h = reinterpret_cast<float*>(unprojected.get());
+  std::vector<RowsProduct> gate_products, projections;
+  for (int64_t i = 0; i < chunks; ++i) {
+    gate_products.emplace_back(weight, batch);
+    if (projection) projections.emplace_back(*projection, batch);
+  }
+  const auto output_of = [&](int64_t i) { return y + steps[i].offset * width; };
 
-  const auto count = static_cast<int64_t>(steps.rows.size());
-  for (int64_t i = 0; i < count; ++i) {
-    const auto t = static_cast<size_t>(reverse ? count - 1 - i : i);
-    const int64_t rows = steps.rows[t];
-    const CellStep step = {.x_gates = floats(x) + steps.offset[t] * gates * hidden,
-                           .h_gates = product.gates(),
-                           .x_stride = gates * hidden,
-                           .h_stride = product.stride(),
-                           .hidden = hidden,
-                           .h = state,
-                           .c = c0 ? static_cast<float*>(c.mutable_data_ptr()) : nullptr,
-                           .y = y + steps.offset[t] * hidden};
-    product.read_state(state, rows);
-    parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        char* mine = scratch.get() + chunk * scratch_bytes;
-        if (chunks == 1) {
-          product.multiply(rows, 0, shape.panels(), mine);
-          step_cell(cell, step, rows, 0, hidden);
-          continue;
-        }
-        const int64_t unit_begin = tiles * chunk / chunks * unit_tile;
-        const int64_t unit_end = std::min(tiles * (chunk + 1) / chunks * unit_tile, hidden);
-        for (int64_t gate = 0; gate < gates; ++gate) {
-          product.multiply(rows, (gate * hidden + unit_begin) / kPanel, (gate * hidden + unit_end) / kPanel, mine);
-        }
-        step_cell(cell, step, rows, unit_begin, unit_end);
+  const auto read_state = [&](int64_t i, int64_t member) {
+    RowsProduct& own = gate_products[static_cast<size_t>(member)];
+    const int64_t going_on = steps.going_on(i);
+    if (going_on > 0) own.read(output_of(i - 1), 0, going_on);
+    own.read(floats(first), going_on, steps[i].rows);
+  };
+  const auto run_units = [&](int64_t i, int64_t chunk, int64_t member) {
+    RowsProduct& own = gate_products[static_cast<size_t>(member)];
+    const int64_t rows = steps[i].rows, going_on = steps.going_on(i);
+    const int64_t unit_begin = tiles * chunk / chunks * unit_tile;
+    const int64_t unit_end = std::min(tiles * (chunk + 1) / chunks * unit_tile, hidden);
+    if (chunks == 1) {
+      own.multiply(rows, 0, shape.panels(), product, stride);
+    } else {
+      // Every other step begins with the gate that the one before ended with: its weights are still in the cache.
+      for (int64_t g = 0; g < gates; ++g) {
+        const int64_t gate = i % 2 == 0 ? g : gates - 1 - g;
+        own.multiply(rows, (gate * hidden + unit_begin) / kPanel, (gate * hidden + unit_end) / kPanel, product, stride);
       }
-    });
+    }
+    const auto apply = [&](const float* before, int64_t begin, int64_t end) {
+      const CellStep step = {.x_gates = floats(x) + (steps[i].offset + begin) * columns,
+                             .h_gates = product + begin * stride,
+                             .x_stride = columns,
+                             .h_stride = stride,
+                             .hidden = hidden,
+                             .h = before + begin * width,
+                             .c = c_data == nullptr ? nullptr : c_data + begin * hidden,
+                             .y = (projection ? unprojected_h : output_of(i)) + begin * hidden};
+      step_cell(cell, step, end - begin, unit_begin, unit_end);
+    };
+    if (going_on > 0) apply(output_of(i - 1), 0, going_on);
+    if (going_on < rows) apply(floats(first), going_on, rows);
+  };
+  if (projection) {
+    const int64_t panels = projection->get().shape.panels();
+    // Two steps for each: the units, then their projection, which reads all of them.
+    StepTeam(2 * steps.count(), chunks)
+        .run(
+            [&](int64_t step, int64_t member) {
+              if (step % 2 == 0) return read_state(step / 2, member);
+              projections[static_cast<size_t>(member)].read(unprojected_h, 0, steps[step / 2].rows);
+            },
+            [&](int64_t step, int64_t chunk, int64_t member) {
+              if (step % 2 == 0) return run_units(step / 2, chunk, member);
+              projections[static_cast<size_t>(member)].multiply(steps[step / 2].rows, panels * chunk / chunks,
+                                                                panels * (chunk + 1) / chunks, output_of(step / 2),
+                                                                width);
+            });
+  } else {
+    StepTeam(steps.count(), chunks).run(read_state, run_units);
+  }
+
+  // A row's last state is the output of its last step.
+  Tensor h = copy_of(h0);
+  auto* last = static_cast<float*>(h.mutable_data_ptr());
+  for (int64_t i = 0; i < steps.count(); ++i) {
+    const int64_t ending = i + 1 < steps.count() ? steps[i + 1].rows : 0;
+    for (int64_t row = ending; row < steps[i].rows; ++row) {
+      std::copy_n(output_of(i) + row * width, width, last + row * width);
+    }
   }
   return {output, h, c};
 }
@@ -275,8 +373,9 @@ std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, Option
     check(same_sizes(*state), "state must have the shape of x_gates with ", hidden, " columns");
   }
   const Tensor x = as_contiguous(x_gates), g = as_contiguous(h_gates);
-  // The kernel overwrites the states it is given: a GRU's h, an LSTM's c.
-  Tensor h = cell == Cell::kGru ? copy_of(*state) : new_tensor(x, sizes, ScalarType::Float);
+  OptionalTensor before;
+  if (cell == Cell::kGru) before.emplace(as_contiguous(*state));
+  Tensor h = new_tensor(x, sizes, ScalarType::Float);
   Tensor c = cell == Cell::kLstm ? copy_of(*state) : new_tensor(x, {0}, ScalarType::Float);
   auto* h_data = static_cast<float*>(h.mutable_data_ptr());
   auto* c_data = cell == Cell::kLstm ? static_cast<float*>(c.mutable_data_ptr()) : nullptr;
@@ -288,7 +387,7 @@ std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, Option
                            .x_stride = gates * hidden,
                            .h_stride = gates * hidden,
                            .hidden = hidden,
-                           .h = h_data + begin * hidden,
+                           .h = before ? floats(*before) + begin * hidden : nullptr,
                            .c = c_data == nullptr ? nullptr : c_data + begin * hidden,
                            .y = h_data + begin * hidden};
     step_cell(cell, step, end - begin, 0, hidden);

@@ -54,8 +54,12 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
   m.def(
       "recurrent(Tensor x_gates, Tensor h0, Tensor? c0, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? "
       "bias, "
-      "int cell, int bits, int group_size, bool int8, bool reverse, Tensor? batch_sizes, Tensor? codebook=None) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int cell, int bits, int group_size, bool int8, Tensor? act_scale, Tensor? act_zero_point, bool reverse, "
+      "Tensor? batch_sizes, Tensor? codebook, Tensor? proj_qweight, Tensor? proj_scale, Tensor? proj_zero_point, int "
+      "proj_bits, "
+      "int proj_group_size, bool proj_int8, Tensor? proj_act_scale, Tensor? proj_act_zero_point, Tensor? "
+      "proj_codebook) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
   m.def(
       "embedding_bag_weight_only(Tensor indices, Tensor offsets, Tensor? per_sample_weights, Tensor qweight, Tensor "

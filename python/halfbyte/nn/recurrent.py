@@ -2,7 +2,8 @@
 
 `gates = ih(x) + hh(h)`, each with its own bias, as PyTorch defines them; the gates' functions are in float32. `ih` runs once
 for a whole sequence. Where `hh` has integer weights, all steps run in one operator, which quantizes the hidden state per token
-where the scheme says so; otherwise (float or 16-bit parts, a projection) they run one by one in Python, with the same integers.
+where the scheme says so, and the projection's input; otherwise (float or 16-bit parts) they run one by one in Python, with the
+same integers.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class QuantizedRecurrent(nn.Module):
             x, state = x.float(), tuple(s.float() for s in state)
         x_gates = ih(x)
         h, c = state[0], state[1] if len(state) == 2 else None
-        if isinstance(hh, QuantizedLinear) and hr is None:
+        if isinstance(hh, QuantizedLinear) and (hr is None or isinstance(hr, QuantizedLinear)):
             output, h, c = ops.recurrent(
                 x_gates,
                 h,
@@ -181,9 +182,12 @@ class QuantizedRecurrent(nn.Module):
                 bits=hh.bits,
                 group_size=hh.group_size,
                 int8=hh.scheme.activation is not None,
+                act_scale=hh.act_scale,
+                act_zero_point=hh.act_zero_point,
                 reverse=reverse,
                 batch_sizes=batch_sizes,
                 codebook=hh.codebook,
+                projection=None if hr is None else _projection(hr),
             )
         else:
             output, h, c = _run_steps(self.cell, x_gates, hh, hr, h, c, batch_sizes, reverse=reverse)
@@ -209,6 +213,10 @@ class QuantizedRecurrent(nn.Module):
             f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
         ]
         return ", ".join(settings)
+
+
+def _projection(hr: QuantizedLinear) -> ops.Projection:
+    return ops.Projection(hr.qweight, hr.scale, hr.zero_point, hr.bits, hr.group_size, hr.scheme.activation is not None)
 
 
 def _run_steps(

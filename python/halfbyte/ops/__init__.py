@@ -8,12 +8,13 @@ from halfbyte.ops.histogram import grow_histogram, histogram_update_, search_his
 from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
-from halfbyte.ops.recurrent import Cell, recurrent, recurrent_cell
+from halfbyte.ops.recurrent import Cell, Projection, recurrent, recurrent_cell
 
 __all__ = [
     "BagMode",
     "Cell",
     "Layout",
+    "Projection",
     "dequantize",
     "embedding_bag_weight_only",
     "embedding_weight_only",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.ops.checks import check_bits, check_codebook, check_float
 
-__all__ = ["Cell", "recurrent", "recurrent_cell"]
+__all__ = ["Cell", "Projection", "recurrent", "recurrent_cell"]
 
 _recurrent = torch.ops.halfbyte.recurrent.default
 _recurrent_cell = torch.ops.halfbyte.recurrent_cell.default
@@ -19,6 +19,23 @@ _recurrent_cell = torch.ops.halfbyte.recurrent_cell.default
 Cell = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
 _INDEX: dict[Cell, int] = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # enum Cell of recurrent.h
 _GATES = (4, 3, 1, 1)
+
+
+class Projection(NamedTuple):
+    """Weights `[P, H]` that project an LSTM's hidden state, in the tiles layout; fields as those of `recurrent`."""
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group_size: int
+    int8: bool
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+
+
+_NO_PROJECTION = (None, None, None, 0, 0, False, None, None, None)
 
 
 def recurrent(
@@ -34,9 +51,12 @@ def recurrent(
     bits: int,
     group_size: int,
     int8: bool,
+    act_scale: Tensor | None = None,
+    act_zero_point: Tensor | None = None,
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
     codebook: Tensor | None = None,
+    projection: Projection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All steps of one recurrent layer in one direction, given the input half of its gates.
 
@@ -54,13 +74,17 @@ def recurrent(
         cell: Which equations.
         bits: Width of a code.
         group_size: Inputs that share a scale.
-        int8: Whether the hidden state is quantized per row, at every step.
+        int8: Whether the hidden state is quantized at every step: per row, or with `act_scale`.
+        act_scale: One float32 number, scale of the hidden state; None finds one for each row.
+        act_zero_point: One int32 number in [-128, 127]; None is 0.
         reverse: Begin at the last step.
         batch_sizes: `[T]` int64, rows of each step of a packed sequence.
         codebook: As in `linear_weight_only`; `int8` must be False then.
+        projection: Of an LSTM with `proj_size` P: what the hidden state is multiplied with at the end of a step. `h` and the
+            outputs have P columns then, and `qweight` is `[gates * H, P]`.
 
     Returns:
-        Hidden states of all steps (`x_gates` without its gates), and the last hidden and cell state.
+        Hidden states of all steps (`[T, B, H]`, or without T and B apart), and the last hidden and cell state.
 
     Raises:
         TypeError: Wrong dtype.
@@ -82,9 +106,27 @@ def recurrent(
     check_bits(bits)
     check_float(x_gates, "x_gates")
     check_codebook(codebook, bits, zero_point)
-    index = _INDEX[cell]
+    if projection is not None:
+        check_bits(projection.bits)
+        check_codebook(projection.codebook, projection.bits, projection.zero_point)
     y, h_n, c_n = _recurrent(
-        x_gates, h, c, qweight, scale, zero_point, bias, index, bits, group_size, int8, reverse, batch_sizes, codebook
+        x_gates,
+        h,
+        c,
+        qweight,
+        scale,
+        zero_point,
+        bias,
+        _INDEX[cell],
+        bits,
+        group_size,
+        int8,
+        act_scale,
+        act_zero_point,
+        reverse,
+        batch_sizes,
+        codebook,
+        *(projection or _NO_PROJECTION),
     )
     return y, h_n, None if c is None else c_n
 
@@ -136,9 +178,12 @@ def _recurrent_fake(
     bits: int,
     group_size: int,
     int8: bool,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
     reverse: bool,
     batch_sizes: Tensor | None,
-    codebook: Tensor | None = None,
+    codebook: Tensor | None,
+    *projection: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x_gates.new_empty((*x_gates.shape[:-1], h0.shape[-1]))
     return y, h0.new_empty(h0.shape), h0.new_empty((0,) if c0 is None else c0.shape)
