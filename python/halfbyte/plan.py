@@ -19,7 +19,7 @@ from halfbyte.ops import Layout
 from halfbyte.parametrized import why_resolved
 from halfbyte.parts import ModelInParts, take_apart
 from halfbyte.recipe import Pattern, Recipe, as_recipe
-from halfbyte.schemes import Scheme, int8_dynamic
+from halfbyte.schemes import Scheme
 from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
@@ -236,7 +236,6 @@ class _Resolver:
                         choices[name] = _Choice(None, None, f"its weight is shared with {others}, which stays in float")
         for name, choice in choices.items():
             self._fit_group_size(name, choice)
-            self._fit_activation(name, choice)
         self._leave_whole(choices)
         return Plan(rows=tuple(self._rows(choices)))
 
@@ -333,15 +332,6 @@ class _Resolver:
         choice.scheme = replace(choice.scheme, weight=weight_format.with_granularity(PerGroup(fitting)))
         message = f"group_size={asked} does not divide in_features={in_features}: group_size={fitting} is used"
         choice.fallbacks += (Fallback(name, "group_size", message),)
-
-    def _fit_activation(self, name: str, choice: _Choice) -> None:
-        whole = self.view.whole(name)
-        if whole is None or choice.scheme is None or not choice.scheme.static:
-            return
-        if isinstance(whole[1], nn.RNNBase | nn.RNNCellBase):
-            choice.scheme = Scheme(weight=choice.scheme.weight, activation=int8_dynamic().activation)
-            message = "recurrent layers have no static activations: their scales are found per token at run time"
-            choice.fallbacks += (Fallback(name, "activation", message),)
 
     def _rows(self, choices: dict[str, _Choice]) -> Iterator[PlanRow]:
         seen: set[int] = set()
