@@ -87,9 +87,74 @@ def linear_variants(variant: VariantType) -> list[object]:
     ]
 
 
-def conv_impls(threads: int) -> list[object]:
-    """No convolutions yet."""
-    return []
+# (C_in, height and width, C_out, kernel, stride, groups), padded by kernel // 2, of a batch.
+ConvConfig = tuple[int, int, int, int, int, int]
+ConvBuild = Callable[[ConvConfig, int], tuple[Callable[[], Tensor], dict[str, object]]]
+
+
+def conv_impls(threads: int) -> list[tuple[str, ConvBuild]]:
+    """A convolution between integers, as the other libraries' INT8 rows, and the module that a user calls."""
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    return [("halfbyte conv_int8 s8", _int8_conv), ("halfbyte int8_dynamic float in and out", _dynamic_conv)]
+
+
+def _conv_case(config: ConvConfig, batch: int) -> tuple[torch.nn.Conv2d, Tensor, Tensor, float]:
+    """Layer, input `[N, C, H, W]` channels last, float32 output, and 10^9 operations: the data of the other rows."""
+    channels, size, outputs, kernel, stride, groups = config
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((outputs, channels // groups, kernel, kernel), dtype=np.float32)
+    w /= np.float32(np.sqrt(kernel * kernel * channels / groups))
+    x = np.maximum(rng.standard_normal((batch, channels, size, size), dtype=np.float32), 0)
+    conv = torch.nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups)
+    conv.weight.data, conv.bias.data = torch.from_numpy(w), torch.zeros(outputs)  # type: ignore[union-attr]
+    images = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
+    expected = conv(images)
+    return conv, images, expected, 2e-9 * expected.numel() * w[0].size
+
+
+def _relative_error(y: Tensor, expected: Tensor) -> float:
+    return round(float((y - expected).norm() / expected.norm()), 5)
+
+
+def _int8_conv(config: ConvConfig, batch: int) -> tuple[Callable[[], Tensor], dict[str, object]]:
+    conv, x, expected, gop = _conv_case(config, batch)
+    model = torch.nn.Sequential(conv)
+    hb.quantize_(model, hb.int8_dynamic(), progress=False)
+    layer = model[0]
+    # All of [-128, 127] for activations that are 0 and more, as the others' unsigned codes.
+    act_scale, act_zero_point = x.max() / 255, torch.tensor(-128, dtype=torch.int32)
+    codes = hb.ops.quantize(x, act_scale, act_zero_point, qmin=-128, qmax=127)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    out_scale, out_zero_point = 2 * expected.abs().max() / 255, torch.tensor(0, dtype=torch.int32)
+
+    def call() -> Tensor:
+        return hb.ops.conv_int8(
+            codes,
+            layer.qweight,
+            layer.scale,
+            None,
+            layer.bias,
+            out_channels=config[2],
+            kernel_size=config[3],
+            stride=config[4],
+            padding=config[3] // 2,
+            groups=config[5],
+            act_scale=act_scale,
+            act_zero_point=act_zero_point,
+            out_scale=out_scale,
+            out_zero_point=out_zero_point,
+        )
+
+    error = _relative_error(call().float() * out_scale, expected)
+    return call, {"gop": gop, "relerr": error, "scheme": "static s8 in/out, per-channel s8 W"}
+
+
+def _dynamic_conv(config: ConvConfig, batch: int) -> tuple[Callable[[], Tensor], dict[str, object]]:
+    conv, x, expected, gop = _conv_case(config, batch)
+    model = torch.nn.Sequential(conv)
+    hb.quantize_(model, hb.int8_dynamic(), progress=False)
+    return lambda: model(x), {"gop": gop, "relerr": _relative_error(model(x), expected), "scheme": "W8A8 dynamic"}
 
 
 def quant_rows(case: str, torch_module: object) -> list[object]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halfbyte.convolution import ConvGeometry, ConvModule
 from halfbyte.errors import QuantizationError
 from halfbyte.progress import track
 
@@ -128,7 +129,10 @@ class InputStatistics:
     def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """The hook: adds the first positional argument `[..., I]`."""
         if args and isinstance(args[0], Tensor):
-            self.update(args[0])
+            if isinstance(module, ConvModule):
+                self.update_convolution(args[0], ConvGeometry.of(module))
+            else:
+                self.update(args[0])
 
     def update(self, x: Tensor) -> None:
         """Adds a batch `[..., I]`.
@@ -139,6 +143,19 @@ class InputStatistics:
         rows = x.detach().reshape(-1, x.shape[-1])
         self._add(rows)
         self.tokens += rows.shape[0]
+        self.batches += 1
+
+    def update_convolution(self, x: Tensor, geometry: ConvGeometry) -> None:
+        """Adds the inputs `[N, C, ...]` of a convolution: a row for each output pixel and group of channels.
+
+        Raises:
+            QuantizationError: as `update`.
+        """
+        x = x.detach()
+        for sample in torch.split(x.unsqueeze(0) if x.dim() == geometry.dims + 1 else x, 1):
+            rows = geometry.rows(sample).flatten(0, 1)
+            self._add(rows)
+            self.tokens += rows.shape[0]
         self.batches += 1
 
     def _add(self, rows: Tensor) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward
+from halfbyte.convolution import ConvModule
 from halfbyte.fallback import Fallback, announce
 from halfbyte.formats import FloatFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian
-from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from halfbyte.nn.conv import quantized_conv_type
 from halfbyte.nn.packed_weight import PANEL, WeightPacker
 from halfbyte.plan import Plan, PlanRow
 from halfbyte.preparation import Preparation
@@ -23,7 +25,7 @@ from halfbyte.report import ModuleReport, Report
 from halfbyte.sequential import round_in_order
 from halfbyte.staging import Staging
 from halfbyte.swap import interrupts_deferred, replace_module
-from halfbyte.targets import disable_fast_paths
+from halfbyte.targets import conv_geometry, disable_fast_paths, weight_matrix
 
 _CHUNK_ELEMENTS = 1 << 16  # weights rounded at a time: bounds the working set whatever the layer's size
 
@@ -91,8 +93,8 @@ def _module_report(row: PlanRow, results: dict[str, _Rounded], preparation: Prep
 def _round_weight(model: nn.Module, row: PlanRow, preparation: Preparation, staging: Staging) -> _Rounded:
     """Chooses the integers of one weight, some rows at a time, and stages them."""
     start = time.perf_counter()
-    weight = model.get_submodule(row.name).weight
-    assert row.scheme is not None and isinstance(weight, Tensor)
+    weight = weight_matrix(model.get_submodule(row.name))
+    assert row.scheme is not None
     weight_format = row.scheme.weight
     error = norm = 0.0
     statistics = preparation.statistics.get(row.name)
@@ -147,8 +149,8 @@ def _round_in_order(
     rows = {row.name: row for row in preparation.plan.targets}
     results: dict[str, _Rounded] = {}
 
-    def round_layer(name: str, layer: nn.Linear, inputs: InputHessian) -> Tensor:
-        results[name], rounded = _round_layer(rows[name], layer.weight, inputs, preparation, staging)
+    def round_layer(name: str, layer: nn.Module, inputs: InputHessian) -> Tensor:
+        results[name], rounded = _round_layer(rows[name], weight_matrix(layer), inputs, preparation, staging)
         return rounded
 
     names = [name for name, statistics in preparation.statistics.items() if isinstance(statistics, InputHessian)]
@@ -183,21 +185,28 @@ def _converted(
     activation: tuple[Tensor, Tensor] | None,
 ) -> nn.Module:
     scheme, home = row.scheme, None if row.tied_to is None else swapped[row.tied_to]
-    assert scheme is not None and isinstance(old, nn.Linear | nn.Embedding)
+    assert scheme is not None and isinstance(old, nn.Linear | nn.Embedding | ConvModule)
     new: nn.Module
     if isinstance(scheme.weight, FloatFormat):
-        if isinstance(home, HalfLinear | HalfEmbedding):
+        if isinstance(home, HalfLinear | HalfConv | HalfEmbedding):
             weight = home.weight
         else:
             weight = nn.Parameter(old.weight.detach().to(scheme.weight.dtype), requires_grad=old.weight.requires_grad)
         if isinstance(old, nn.Linear):
             new = HalfLinear(scheme, weight, old.bias)
+        elif isinstance(old, ConvModule):
+            new = HalfConv(scheme, weight, old._parameters["bias"], conv_geometry(old))
         else:
             new = HalfEmbedding(scheme, weight, old.weight.dtype, old.padding_idx)
     else:
-        packed = home.packed_weight if isinstance(home, QuantizedLinear | QuantizedEmbedding) else staging.get(row.name)
+        packed = home.packed_weight if isinstance(home, QuantizedModule) else staging.get(row.name)
         if isinstance(old, nn.Linear):
             new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype, activation)
+        elif isinstance(old, ConvModule):
+            geometry = conv_geometry(old)
+            new = quantized_conv_type(geometry)(
+                scheme, packed, old._parameters["bias"], geometry, old.weight.dtype, activation
+            )
         else:
             new = QuantizedEmbedding(scheme, packed, old.weight.dtype, old.padding_idx)
     return new

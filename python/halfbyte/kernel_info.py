@@ -9,7 +9,7 @@ from torch import nn
 from halfbyte import _C
 from halfbyte._extension import cpu_capability
 from halfbyte.errors import QuantizationError
-from halfbyte.nn import QuantizedEmbedding, QuantizedModule
+from halfbyte.nn import HalfConv, QuantizedConv, QuantizedEmbedding, QuantizedModule
 from halfbyte.nn.packed_weight import PANEL
 from halfbyte.ops.packing import unit_inputs
 from halfbyte.plan import kernel_name
@@ -110,6 +110,7 @@ def kernel_info(module: nn.Module) -> KernelInfo:
 def _entry(name: str, module: nn.Module, seen: set[int]) -> ModuleKernel:
     if not isinstance(module, QuantizedModule):
         weight, kind = module._parameters["weight"], "embedding" if hasattr(module, "num_embeddings") else "linear"
+        kind = "conv" if isinstance(module, HalfConv) else kind
         assert weight is not None
         dtype = str(weight.dtype).removeprefix("torch.")
         size = 0 if id(weight) in seen else weight.nbytes
@@ -131,7 +132,8 @@ def _entry(name: str, module: nn.Module, seen: set[int]) -> ModuleKernel:
     if isinstance(module, QuantizedEmbedding):
         operator = "embedding_weight_only"
     else:
-        operator = "linear_weight_only" if module.scheme.activation is None else "linear_int8"
+        kind = "conv" if isinstance(module, QuantizedConv) else "linear"
+        operator = f"{kind}_weight_only" if module.scheme.activation is None else f"{kind}_int8"
     tiles = module.layout == "tiles"
     tile = f"{PANEL} x {unit_inputs(bits)}" if tiles else f"1 x {module.packed_weight.shape[1]}"
     return ModuleKernel(

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from halfbyte._extension import cpu_capability
+from halfbyte.convolution import CONV_TYPES
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import CodebookFormat, FloatFormat, Format, IntFormat, PerAxis, PerGroup
-from halfbyte.nn import QuantizedModule
+from halfbyte.nn import QuantizedConv, QuantizedModule
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
 from halfbyte.ops import Layout
@@ -37,7 +38,7 @@ class PlanRow:
         module_type: Class name; that of the whole for a part.
         scheme: Resolved scheme, or None where the module stays as it is.
         reason: Why it stays in floating point, or why the scheme is not simply the recipe's; may be empty.
-        shape: `(O, I)` of the weight of a Linear or Embedding.
+        shape: `(O, I)` of the weight of a Linear or Embedding, or of the matrix of a convolution (I = taps * channels).
         layout: Layout of the packed weight.
         tied_to: Name of the module whose packed weight this one shares.
         part_of: Name of the module that this layer is a part of, where one with several weights (an LSTM) is quantized.
@@ -312,7 +313,7 @@ class _Resolver:
                     choice.reason = "tables keep 8 bits unless an override names them"
             if isinstance(self.modules[name], nn.Embedding) and choice.scheme is not None:
                 choice.scheme = Scheme(weight=choice.scheme.weight)
-        linear = [name for name in names if isinstance(self.modules[name], nn.Linear)]
+        linear = [name for name in names if not isinstance(self.modules[name], nn.Embedding)]
         home = (linear or names)[0]
         for name, choice in zip(names, choices, strict=True):
             choice.layout = "tiles" if linear else "rows"
@@ -394,6 +395,9 @@ def kernel_name(module: nn.Module, scheme: Scheme) -> str:
     if embedding:
         return f"gather {codes}{scheme.weight.bits}"
     activation = "f32" if scheme.activation is None else f"s{scheme.activation.bits}"
+    if isinstance(module, (QuantizedConv, *CONV_TYPES)):
+        level = "torch" if scheme.activation is None else cpu_capability()
+        return f"conv {codes}{scheme.weight.bits} {activation} ({level})"
     return f"matmul {codes}{scheme.weight.bits} {activation} ({cpu_capability()})"
 
 
@@ -435,7 +439,9 @@ def _with_weight(scheme: Scheme | None, weight_format: Format | None) -> Scheme 
 
 def _is_weight_of_all(modules: dict[str, nn.Module], owners: list[str]) -> bool:
     weights = {id(modules[name]._parameters.get("weight")) for name in owners}
-    return len(weights) == 1 and all(is_target(modules[name]) for name in owners)
+    # Convolutions of different kinds make different matrices of one weight.
+    kinds = {(m.transposed, m.groups) if isinstance(m, CONV_TYPES) else None for m in map(modules.__getitem__, owners)}
+    return len(weights) == 1 and len(kinds) == 1 and all(is_target(modules[name]) for name in owners)
 
 
 def _weight_bytes(scheme: Scheme, layout: Layout, shape: tuple[int, int]) -> int:
@@ -470,4 +476,4 @@ def _nothing_to_quantize(resolved: Plan) -> str:
         return "the model has no parameters: nothing to quantize"
     reasons = {f"{row.name or row.module_type}: {row.reason}" for row in resolved.rows if row.reason}
     listed = "; ".join(sorted(reasons)[:5])
-    return f"nothing to quantize: no nn.Linear or nn.Embedding gets a scheme ({listed})"
+    return f"nothing to quantize: no nn.Linear, nn.Embedding or convolution gets a scheme ({listed})"

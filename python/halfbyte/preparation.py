@@ -35,6 +35,7 @@ from halfbyte.plan import Plan, PlanRow, plan
 from halfbyte.recipe import Recipe
 from halfbyte.schemes import Scheme
 from halfbyte.sequential import section_bytes, without_cache
+from halfbyte.targets import weight_matrix
 
 Algorithm: TypeAlias = Transform | Rounding
 
@@ -233,7 +234,7 @@ def _check_algorithms(algorithms: Sequence[Algorithm]) -> tuple[tuple[Transform,
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:
     packed = row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
-    return packed and isinstance(module, nn.Linear)
+    return packed and not isinstance(module, nn.Embedding)
 
 
 def _weighted(row: PlanRow, algorithms: Sequence[Rounding]) -> bool:
@@ -261,8 +262,7 @@ def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
     """Checks that a weight is on the CPU and finite, and that its scales fit their dtype; one pass over memory."""
     if row.scheme is None:
         return row
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_matrix(module)
     if weight.device.type != "cpu":
         hint = "load the weights first" if weight.is_meta else "move the model to the CPU: model.cpu()"
         raise QuantizationError(f"{row.name}: weight is on device {weight.device}; {hint}")
@@ -270,7 +270,7 @@ def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
     group_size = (
         weight.shape[1] if isinstance(weight_format, FloatFormat) else weight_format.group_size(weight.shape[1])
     )
-    low, high = ops.observe_minmax(weight.detach(), group_size=group_size)
+    low, high = ops.observe_minmax(weight, group_size=group_size)
     for name, bad in (("NaN", torch.isnan(low).any()), ("inf", torch.isinf(low).any() or torch.isinf(high).any())):
         if bad:
             raise QuantizationError(

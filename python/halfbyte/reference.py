@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte import functional
 from halfbyte.formats import PackedFormat
-from halfbyte.nn import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn import PackedWeight, QuantizedConv, QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from halfbyte.nn.packed_weight import PANEL
 
 _ELEMENTS = 1 << 21  # of any intermediate in float64: 16 MB
@@ -40,19 +40,65 @@ class LinearReference:
     integers: Tensor | None = None
     reach: Tensor | None = None
 
+    def only(self, within: slice) -> LinearReference:
+        """Less the columns outside of `within`."""
+        begin, end = max(self.outputs.start, within.start), min(self.outputs.stop, within.stop)
+        kept = slice(begin - self.outputs.start, end - self.outputs.start)
+        return LinearReference(
+            slice(begin, end),
+            self.exact[:, kept],
+            self.bound[:, kept],
+            None if self.integers is None else self.integers[:, kept],
+            None if self.reach is None else self.reach[:, kept],
+        )
+
 
 def linear_reference(module: QuantizedLinear, x: Tensor) -> Iterator[LinearReference]:
     """Reference of `module` on the rows `x` `[R, I]`, some outputs at a time."""
-    groups = module.in_features // module.group_size
-    per_output = max(module.in_features, x.shape[0] * groups)
+    codes, act_scale = None, None
+    if module.scheme.activation:
+        codes, act_scale = activation_codes(module, x)
+    for outputs in _column_slices(module, x.shape[0]):
+        if codes is None or act_scale is None:
+            yield _float_reference(module, x, outputs)
+        else:
+            yield _int8_reference(module, codes, act_scale, x.dtype, outputs)
+
+
+def conv_reference(module: QuantizedConv, x: Tensor, pixels: Tensor) -> Iterator[LinearReference]:
+    """Reference of `module` on `x` `[N, C, ...]`, at some of the `N * output pixels` results, group by group."""
+    geometry = module.geometry
+    act_scale = None
+    if module.scheme.activation:
+        codes, of_sample = activation_codes(module, x.flatten(1))
+        per_sample = torch.tensor(geometry.output_size(x.shape[2:])).prod()
+        act_scale = of_sample.repeat_interleave(int(per_sample), 0)[pixels]
+        rows = geometry.rows(codes.reshape(x.shape).double())[:, pixels]
+    else:
+        rows = geometry.rows(x.double())[:, pixels]
+    outputs_each = geometry.out_channels // geometry.groups
+    for group in range(geometry.groups):
+        own = slice(group * outputs_each, (group + 1) * outputs_each)
+        for outputs in _column_slices(module, len(pixels), own):
+            if act_scale is None:
+                yield _float_reference(module, rows[group], outputs, x.dtype).only(own)
+            else:
+                yield _int8_reference(module, rows[group], act_scale, x.dtype, outputs).only(own)
+
+
+def _column_slices(module: QuantizedModule, rows: int, within: slice | None = None) -> Iterator[slice]:
+    """Slices of outputs that begin at a panel and cover all outputs, or those of `within`."""
+    out_features, in_features = module.packed_weight.shape
+    within = within or slice(0, out_features)
+    per_output = max(in_features, rows * (in_features // module.group_size))
     step = max(1, _ELEMENTS // per_output // PANEL) * PANEL
-    for begin in range(0, module.out_features, step):
-        outputs = slice(begin, min(begin + step, module.out_features))
-        yield _int8_reference(module, x, outputs) if module.scheme.activation else _float_reference(module, x, outputs)
+    for begin in range(within.start // PANEL * PANEL, within.stop, step):
+        yield slice(begin, min(begin + step, -(-within.stop // PANEL) * PANEL, out_features))
 
 
-def _int8_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:
-    codes, act_scale = activation_codes(module, x)
+def _int8_reference(
+    module: QuantizedLinear | QuantizedConv, codes: Tensor, act_scale: Tensor, dtype: torch.dtype, outputs: slice
+) -> LinearReference:
     weight, scale, _ = _grouped_weight(module, outputs)
     a = _grouped(codes.double(), module.group_size)  # [G, R, group]
     products = a @ weight.transpose(1, 2)  # [G, R, columns]: sums of integers below 2^53, exact
@@ -64,19 +110,24 @@ def _int8_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> Linea
     # float(t), one fma a chunk, one for the activation scale and bias: each rounds a number no larger than this sum.
     magnitude = s * (scale.abs().unsqueeze(1) * magnitudes).sum(0) + bias.abs()
     roundings = products.shape[0] * -(-module.group_size // _MAX_CHUNK) + 3
-    bound = _bound(exact, magnitude, roundings, x.dtype)
+    bound = _bound(exact, magnitude, roundings, dtype)
     return LinearReference(outputs, exact, bound, products.sum(0), magnitudes.sum(0))
 
 
-def activation_codes(module: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of a layer's inputs `[R, I]` less their zero point, and scales `[R, 1]`, found at run time or static."""
+def activation_codes(module: QuantizedLinear | QuantizedConv, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of inputs `[R, I]` less their zero point, and scales `[R, 1]`, found at run time or static.
+
+    A row is a token of a linear layer, or a whole sample of a convolution.
+    """
     if module.act_scale is None or module.act_zero_point is None:
         return functional.quantize_rows_dynamic(x)
     codes = functional.quantize_rows_static(x, module.act_scale, module.act_zero_point) - module.act_zero_point
     return codes, module.act_scale.expand(x.shape[0], 1)
 
 
-def _float_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> LinearReference:
+def _float_reference(
+    module: QuantizedLinear | QuantizedConv, x: Tensor, outputs: slice, dtype: torch.dtype | None = None
+) -> LinearReference:
     weight, scale, offset = _grouped_weight(module, outputs)
     rows = _grouped(x.double(), module.group_size)
     bias = _bias(module, outputs)
@@ -86,8 +137,8 @@ def _float_reference(module: QuantizedLinear, x: Tensor, outputs: slice) -> Line
     parts = absolute @ (weight - offset.unsqueeze(2)).abs().transpose(1, 2)
     parts = parts + absolute.sum(2, keepdim=True) * offset.abs().unsqueeze(1)
     magnitude = (scale.abs().unsqueeze(1) * parts).sum(0) + bias.abs()
-    roundings = module.group_size + weight.shape[0] * 2 + 4
-    return LinearReference(outputs, exact, _bound(exact, magnitude, roundings, x.dtype))
+    roundings = x.shape[1] + weight.shape[0] * 2 + 4
+    return LinearReference(outputs, exact, _bound(exact, magnitude, roundings, dtype or x.dtype))
 
 
 def _bound(exact: Tensor, magnitude: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
@@ -104,13 +155,13 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     return x.reshape(x.shape[0], -1, group_size).transpose(0, 1)
 
 
-def _bias(module: QuantizedLinear, outputs: slice) -> Tensor:
+def _bias(module: QuantizedLinear | QuantizedConv, outputs: slice) -> Tensor:
     if module.bias is None:
         return torch.zeros(outputs.stop - outputs.start, dtype=torch.float64)
     return module.bias.detach()[outputs].double()
 
 
-def _grouped_weight(module: QuantizedLinear, outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped_weight(module: QuantizedModule, outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
     """`u - z` `[G, columns, group]`, scales `[G, columns]` and `c - z` `[G, columns]`, all float64 and exact.
 
     Of a codebook its values and zeros instead of `u - z` and `c - z`.

@@ -10,17 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch
+from halfbyte.convolution import ConvGeometry, ConvModule
 from halfbyte.hessian import InputHessian
 from halfbyte.progress import track
-from halfbyte.targets import is_target
+from halfbyte.targets import is_target, set_weight_matrix
 
-RoundLayer: TypeAlias = Callable[[str, nn.Linear, InputHessian], Tensor]
+RoundLayer: TypeAlias = Callable[[str, nn.Module, InputHessian], Tensor]
 """Rounds the named layer and gives its new weight in floating point, `[O, I]`."""
 
 
@@ -33,7 +34,7 @@ def round_in_order(
     forward: Forward | None = None,
     progress: bool = True,
 ) -> None:
-    """Calls `round_layer` for every named Linear, in the order in which they run.
+    """Calls `round_layer` for every named Linear or convolution, in the order in which they run.
 
     Where the blocks do not simply feed one another, the whole model is one block.
 
@@ -197,9 +198,17 @@ class _Stage:
     """Layers that get one tensor; `tensor` keeps it alive while stages are told apart, so that no other is taken for it."""
 
     tensor: Tensor | None
+    reads: ConvGeometry | None
+    """How convolutions read it; those that do so otherwise have other rows."""
     names: list[str] = field(default_factory=list)
     once: bool = True
     """Each runs once a batch, so that a run may end when the first one was reached."""
+
+
+def _reads(module: nn.Module) -> ConvGeometry | None:
+    if not isinstance(module, ConvModule):
+        return None
+    return replace(ConvGeometry.of(module), out_channels=module.groups)
 
 
 @dataclass(slots=True)
@@ -221,12 +230,10 @@ class _Section:
             for name in stage.names:
                 layer = self._layer(name)
                 weight = round_layer(name, layer, inputs)
-                layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+                set_weight_matrix(layer, weight)
 
-    def _layer(self, name: str) -> nn.Linear:
-        layer = self.module.get_submodule(self.names[name])
-        assert isinstance(layer, nn.Linear)
-        return layer
+    def _layer(self, name: str) -> nn.Module:
+        return self.module.get_submodule(self.names[name])
 
     def _stages(self) -> list[_Stage]:
         """The layers in the order in which they first run; those given the very same tensor together."""
@@ -239,9 +246,10 @@ class _Section:
             if name in stage_of:
                 stage_of[name].once = False
             elif isinstance(given, Tensor):
-                stage = next((s for s in stages if s.tensor is given), None)
+                reads = _reads(module)
+                stage = next((s for s in stages if s.tensor is given and s.reads == reads), None)
                 if stage is None:
-                    stage = _Stage(given)
+                    stage = _Stage(given, reads)
                     stages.append(stage)
                 stage.names.append(name)
                 stage_of[name] = stage
@@ -257,7 +265,7 @@ class _Section:
             stage.tensor = None
             stage.once = stage.once and runs == 1  # else batches take different ways through the block
         never = sorted(set(self.names) - set(stage_of))  # an error later, which says so
-        return stages + [_Stage(None, [name], once=False) for name in never]
+        return stages + [_Stage(None, None, [name], once=False) for name in never]
 
     def _collect(self, stage: _Stage) -> InputHessian:
         inputs = InputHessian(stage.names[0])
@@ -300,9 +308,7 @@ def _round_outside(
         for index, batch in enumerate(batches):  # noqa: B007, `replace` reads it
             run(model, batch)
     for name, hessian in inputs.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        round_layer(name, layer, hessian)
+        round_layer(name, model.get_submodule(name), hessian)
 
 
 @contextmanager

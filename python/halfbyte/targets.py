@@ -7,30 +7,55 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedModule
+from halfbyte.convolution import CONV_TYPES, ConvGeometry, ConvModule
+from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedModule
 from halfbyte.parts import is_in_parts, take_apart
 
-TARGET_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
+TARGET_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONV_TYPES)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm, nn.LocalResponseNorm)
 
 
 def is_target(module: nn.Module) -> bool:
-    """Whether the module computes what `nn.Linear` or `nn.Embedding` computes, subclasses with the same forward included."""
+    """Whether the module computes what a Linear, Embedding or convolution does, subclasses with the same forward included."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in TARGET_TYPES)
 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether the module is one that halfbyte made."""
-    return isinstance(module, QuantizedModule | HalfLinear | HalfEmbedding)
+    return isinstance(module, QuantizedModule | HalfLinear | HalfConv | HalfEmbedding)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """`(O, I)` of a target's weight."""
+    """`(O, I)` of a target's weight matrix."""
+    if isinstance(module, CONV_TYPES):
+        return conv_geometry(module).shape
     weight = module.weight
     assert isinstance(weight, Tensor)
     out_features, in_features = weight.shape
     return out_features, in_features
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """`[O, I]` of a target, detached: its weight, or that of a convolution with inputs in the order (tap, channel)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    return conv_geometry(module).weight_matrix(weight) if isinstance(module, CONV_TYPES) else weight
+
+
+def set_weight_matrix(module: nn.Module, matrix: Tensor) -> None:
+    """Replaces the weight of a target by what `weight_matrix` of it gives, in its dtype."""
+    weight = conv_geometry(module).weight_of(matrix) if isinstance(module, CONV_TYPES) else matrix
+    old = module.weight
+    assert isinstance(old, Tensor)
+    module.weight = nn.Parameter(weight.to(old.dtype), requires_grad=False)
+
+
+def conv_geometry(module: nn.Module) -> ConvGeometry:
+    """Geometry of a convolution of torch's."""
+    assert isinstance(module, ConvModule)
+    return ConvGeometry.of(module)
 
 
 def why_float(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:

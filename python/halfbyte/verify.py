@@ -6,6 +6,7 @@ reference is plain torch in float64; `reference.py` derives the rounding bounds.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -25,13 +26,14 @@ from halfbyte.errors import QuantizationError, VerificationError
 from halfbyte.io.loading import load_
 from halfbyte.io.saving import save
 from halfbyte.io.skeleton import skeleton_of
-from halfbyte.nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from halfbyte.nn import QuantizedConv, QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from halfbyte.nn.packed_weight import WeightPacker
 from halfbyte.outputs import output_tensors, same_bits
 from halfbyte.plan import kernel_name
-from halfbyte.reference import activation_codes, embedding_reference, linear_reference
+from halfbyte.reference import LinearReference, activation_codes, conv_reference, embedding_reference, linear_reference
 from halfbyte.table import Table, fold_by_name
 
+_MAX_SAMPLES = 4  # of a convolution, each time it runs
 _FLOAT32_INTEGERS = 2.0**23  # below it, y = s * T in float32 gives T back
 
 
@@ -302,6 +304,8 @@ class _Watch:
         x = args[0] if args else next(iter(kwargs.values()))
         assert isinstance(x, Tensor) and isinstance(output, Tensor)
         self._calls += 1
+        if isinstance(self._module, QuantizedConv):
+            return self._check_conv(self._module, x, output)
         if isinstance(self._module, QuantizedEmbedding):
             rows, given = x.reshape(-1), output.reshape(-1, output.shape[-1])
         else:
@@ -327,14 +331,44 @@ class _Watch:
         act_scale = activation_codes(module, rows)[1].double()
         integers = None if module.scheme.activation is None else _integer_products(module, rows, act_scale)
         for part in linear_reference(module, rows):
-            difference = (given[:, part.outputs].double() - part.exact).abs()
-            # A result past the largest number of its dtype has no rounding bound.
-            difference = torch.where(part.exact.abs() < torch.finfo(given.dtype).max, difference, 0.0)
-            self._worst = max(self._worst, _largest(difference / part.bound))
-            if integers is not None and part.integers is not None and part.reach is not None:
-                visible = (part.reach < _FLOAT32_INTEGERS) & (part.reach * act_scale < torch.finfo(torch.float32).max)
-                self._integers += int(visible.sum())
-                self._integers_equal &= bool((integers[:, part.outputs] == part.integers)[visible].all())
+            self._compare(part, given, integers, act_scale)
+
+    def _check_conv(self, module: QuantizedConv, x: Tensor, output: Tensor) -> None:
+        """Whole samples in every setting, some of their results against the reference. Float products are torch's own."""
+        single = x.dim() == module.geometry.dims + 1
+        x, output = (x.unsqueeze(0), output.unsqueeze(0)) if single else (x, output)
+        some = _spread(x.shape[0], _MAX_SAMPLES)
+        x, output = x[some], output[some]
+        results = output.movedim(1, -1).flatten(0, -2)
+        pixels = _spread(results.shape[0], self._max_rows)
+        if not len(pixels):
+            return
+        self._rows += len(pixels)
+        if module.scheme.activation is not None:
+            for threads, level in product(self._settings.threads, self._settings.levels):
+                self._settings.use(level, threads)
+                self._same &= same_bits(module.forward(x), output)
+            self._settings.use_own()
+        if module.geometry.output_size(x.shape[2:]) != tuple(output.shape[2:]) or not torch.isfinite(x).all():
+            return  # a call with output_size, or with sums that are not finite
+        integers, act_scale = None, torch.ones(len(pixels), 1, dtype=torch.float64)
+        if module.scheme.activation is not None:
+            of_sample = activation_codes(module, x.flatten(1))[1].double()
+            act_scale = of_sample.repeat_interleave(results.shape[0] // x.shape[0], 0)[pixels]
+            integers = _integer_results(module, x).movedim(1, -1).flatten(0, -2)[pixels]
+            integers = torch.round(integers.double() / act_scale)
+        for part in conv_reference(module, x, pixels):
+            self._compare(part, results[pixels], integers, act_scale)
+
+    def _compare(self, part: LinearReference, given: Tensor, integers: Tensor | None, act_scale: Tensor) -> None:
+        difference = (given[:, part.outputs].double() - part.exact).abs()
+        # A result past the largest number of its dtype has no rounding bound.
+        difference = torch.where(part.exact.abs() < torch.finfo(given.dtype).max, difference, 0.0)
+        self._worst = max(self._worst, _largest(difference / part.bound))
+        if integers is not None and part.integers is not None and part.reach is not None:
+            visible = (part.reach < _FLOAT32_INTEGERS) & (part.reach * act_scale < torch.finfo(torch.float32).max)
+            self._integers += int(visible.sum())
+            self._integers_equal &= bool((integers[:, part.outputs] == part.integers)[visible].all())
 
     def result(self) -> ModuleVerification:
         """What was found, packing included."""
@@ -369,6 +403,14 @@ def _integer_products(module: QuantizedLinear, rows: Tensor, act_scale: Tensor) 
         act_zero_point=module.act_zero_point,
     )
     return torch.round(products.double() / act_scale)
+
+
+def _integer_results(module: QuantizedConv, x: Tensor) -> Tensor:
+    """The same for a convolution, still times the activation scale of each sample."""
+    ones = copy.copy(module)
+    ones._buffers = {**module._buffers, "scale": torch.ones_like(module.scale)}
+    ones._parameters = {**module._parameters, "bias": None}
+    return ones.forward(x.float())
 
 
 def _packing_is_lossless(module: QuantizedModule) -> bool:

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "halfbyte/conv.h"
 #include "halfbyte/elementwise.h"
 #include "halfbyte/embedding_bag.h"
 #include "halfbyte/gptq.h"
@@ -24,6 +25,7 @@ struct KernelTable {
   const GptqKernels& gptq;
   const RecurrentKernels& recurrent;
   const EmbeddingBagKernels& embedding_bag;
+  const ConvKernels& conv;
 };
 
 namespace scalar {

@@ -15,5 +15,6 @@ constinit const KernelTable kernel_table = {
     .gptq = gptq_table,
     .recurrent = recurrent_table,
     .embedding_bag = embedding_bag_table,
+    .conv = conv_table,
 };
 }  // namespace halfbyte::HALFBYTE_LEVEL

@@ -20,6 +20,7 @@ extern const HistogramKernels histogram_table;
 extern const GptqKernels gptq_table;
 extern const RecurrentKernels recurrent_table;
 extern const EmbeddingBagKernels embedding_bag_table;
+extern const ConvKernels conv_table;
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace halfbyte::ops {
 
@@ -54,6 +55,21 @@ Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor
                           int64_t bits, int64_t out_features, int64_t group_size, OptionalTensor codebook);
 Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
                    int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point);
+
+// conv_ops.cpp: spatial lists have one entry a dimension, padding two (all befores, then all afters).
+struct ConvGeometry {
+  std::vector<int64_t> kernel_size, stride, padding, dilation, output_padding;
+  int64_t groups;
+  bool transposed;
+};
+Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
+                 int64_t out_channels, int64_t group_size, std::vector<int64_t> kernel_size,
+                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                 std::vector<int64_t> output_padding, int64_t groups, bool transposed, OptionalTensor act_scale,
+                 OptionalTensor act_zero_point, OptionalTensor out_scale, OptionalTensor out_zero_point,
+                 int64_t out_min, int64_t out_max, OptionalTensor residual, OptionalTensor residual_scale,
+                 OptionalTensor residual_zero_point);
+
 // embedding_ops.cpp: `tiled` says which layout qweight is in (a table shared with the output head is tiled).
 Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, OptionalTensor zero_point, int64_t bits,
                              int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,

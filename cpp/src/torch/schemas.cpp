@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "linear_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
       "int out_features, int group_size, Tensor? act_scale, Tensor? act_zero_point) -> Tensor");
   m.def(
+      "conv_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int out_channels, "
+      "int group_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int[] output_padding, "
+      "int groups, bool transposed, Tensor? act_scale, Tensor? act_zero_point, Tensor? out_scale, "
+      "Tensor? out_zero_point, int out_min, int out_max, Tensor? residual, Tensor? residual_scale, "
+      "Tensor? residual_zero_point) -> Tensor");
+  m.def(
       "embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Tensor? zero_point, int bits, "
       "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype, Tensor? codebook=None) "
       "-> Tensor");
@@ -86,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("unpack_tiles", TORCH_BOX(&unpack_tiles));
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("conv_int8", TORCH_BOX(&conv_int8));
   m.impl("embedding_weight_only", TORCH_BOX(&embedding_weight_only));
   m.impl("hessian_update_", TORCH_BOX(&hessian_update_));
   m.impl("hessian_matrix", TORCH_BOX(&hessian_matrix));

@@ -18,7 +18,7 @@ The header has one metadata entry, `halfbyte`, whose value is JSON (keys sorted,
 | --- | --- |
 | `format_version` | 1; a reader refuses what is newer |
 | `halfbyte_version` | version that wrote the file |
-| `modules` | qualified name to `{type, scheme, shape, layout, dtype, bias}`; further names of a module to `{same_as}` |
+| `modules` | qualified name to `{type, scheme, shape, layout, dtype, bias, geometry}`; its further names to `{same_as}` |
 | `in_parts` | name to class name of each module with several weights (`LSTM`) whose parts are in `modules` |
 | `folded` | name of each batch normalization that was folded, to the name of the layer that took it in |
 | `tensors` | stored name to `{dtype, shape, sha256}`; the digest is over the tensor's bytes, little-endian and row-major |
@@ -26,9 +26,11 @@ The header has one metadata entry, `halfbyte`, whose value is JSON (keys sorted,
 | `non_persistent` | names of buffers that `state_dict` leaves out |
 | `sha256` | digest of this JSON without this key, so that an altered header is found as well |
 
-`type` is `QuantizedLinear`, `QuantizedEmbedding`, `HalfLinear` or `HalfEmbedding`; `scheme` is `Scheme.to_dict()`; `shape` is
-`[O, I]`; `layout` is `tiles`, `rows` or null for 16-bit floats; `dtype` is that of a module's float side; `bias` says whether
-it has one. There is one metadata entry, since safetensors keeps several in no fixed order, and equal models give equal files.
+`type` is `QuantizedLinear`, `QuantizedConv`, `QuantizedEmbedding`, `HalfLinear`, `HalfConv` or `HalfEmbedding`; `scheme` is
+`Scheme.to_dict()`; `shape` is `[O, I]`, of a convolution that of its matrix; `layout` is `tiles`, `rows` or null for 16-bit
+floats; `dtype` is that of a module's float side; `bias` says whether it has one; `geometry`, of convolutions only, is
+`ConvGeometry.to_dict()`. There is one metadata entry, since safetensors keeps several in no fixed order, and equal models
+give equal files.
 """
 
 from halfbyte.io.loading import load_

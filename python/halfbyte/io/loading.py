@@ -13,17 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from halfbyte.convolution import ConvModule
 from halfbyte.errors import FileFormatError, QuantizationError
 from halfbyte.formats import CodebookFormat
 from halfbyte.fusion import FUSED_TYPES, fold_structure
 from halfbyte.io.container import Reader
 from halfbyte.io.manifest import DTYPES, FLOAT_DTYPES, METADATA_KEY, Manifest, ModuleEntry
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
-from halfbyte.nn import FoldedBatchNorm, HalfEmbedding, HalfLinear, PackedWeight, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn import (
+    FoldedBatchNorm,
+    HalfConv,
+    HalfEmbedding,
+    HalfLinear,
+    PackedWeight,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
+from halfbyte.nn.conv import quantized_conv_type
 from halfbyte.parametrized import why_resolved
 from halfbyte.parts import is_in_parts, take_apart
 from halfbyte.swap import in_parts, interrupts_deferred, replace_module
-from halfbyte.targets import disable_fast_paths, is_converted, is_target, weight_shape
+from halfbyte.targets import conv_geometry, disable_fast_paths, is_converted, is_target, weight_shape
 
 M = TypeVar("M", bound=nn.Module)
 _FLOATS = {DTYPES[name] for name in FLOAT_DTYPES}
@@ -175,7 +185,7 @@ def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     for name in (*manifest.modules, *manifest.same_modules):
         entry = manifest.modules[manifest.same_modules.get(name, name)]
-        kind = nn.Linear if entry.is_linear else nn.Embedding
+        kind = entry.replaces
         module = modules.get(name)
         if module is None:
             near = difflib.get_close_matches(name, modules, n=2, cutoff=0.5)
@@ -193,6 +203,11 @@ def _check_modules(skeleton: nn.Module, manifest: Manifest) -> None:
             raise FileFormatError(
                 f"module {name!r} has weight shape {weight_shape(module)} in the model and {entry.shape} in the file; "
                 "build the model with the sizes it was saved with"
+            )
+        if entry.geometry is not None and conv_geometry(module) != entry.geometry:
+            raise FileFormatError(
+                f"module {name!r} is a convolution with {conv_geometry(module).description()} in the model and "
+                f"{entry.geometry.description()} in the file; build the model as it was built when it was saved"
             )
         has_bias = getattr(module, "bias", None) is not None
         if has_bias != entry.bias:
@@ -305,14 +320,17 @@ class _Contents:
     def module(self, skeleton: nn.Module, name: str, entry: ModuleEntry) -> nn.Module:
         """The quantized module that takes the place of `name`."""
         old, dtype = skeleton.get_submodule(name), DTYPES[entry.dtype]
-        assert isinstance(old, nn.Linear | nn.Embedding)
+        assert isinstance(old, nn.Linear | nn.Embedding | ConvModule)
         bias = None
-        if isinstance(old, nn.Linear) and entry.bias:
+        if not isinstance(old, nn.Embedding) and entry.bias:
+            assert old.bias is not None
             bias = self.parameter(f"{name}.bias", old.bias)
         if entry.layout is None:
             weight = self.parameter(f"{name}.weight", old.weight)
             if isinstance(old, nn.Linear):
                 return HalfLinear(entry.scheme, weight, bias)
+            if isinstance(old, ConvModule):
+                return HalfConv(entry.scheme, weight, bias, conv_geometry(old))
             return HalfEmbedding(entry.scheme, weight, dtype, old.padding_idx)
         buffers = {buffer: self.tensor(f"{name}.{buffer}") for buffer in entry.tensors()}
         packed = PackedWeight(
@@ -323,9 +341,12 @@ class _Contents:
             entry.shape,
             buffers.get("codebook"),
         )
+        activation = (buffers["act_scale"], buffers["act_zero_point"]) if entry.scheme.static else None
         if isinstance(old, nn.Linear):
-            activation = (buffers["act_scale"], buffers["act_zero_point"]) if entry.scheme.static else None
             return QuantizedLinear(entry.scheme, packed, bias, dtype, activation)
+        if isinstance(old, ConvModule):
+            geometry = conv_geometry(old)
+            return quantized_conv_type(geometry)(entry.scheme, packed, bias, geometry, dtype, activation)
         return QuantizedEmbedding(entry.scheme, packed, dtype, old.padding_idx)
 
 

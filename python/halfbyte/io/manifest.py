@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from halfbyte.convolution import ConvGeometry
 from halfbyte.errors import FileFormatError
 from halfbyte.formats import FloatFormat, PerGroup
-from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear
+from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedConv, QuantizedEmbedding, QuantizedLinear
 from halfbyte.nn.packed_weight import packed_shapes
 from halfbyte.nn.quantized_module import ACTIVATION_BUFFERS
 from halfbyte.ops import Layout
@@ -22,10 +23,14 @@ from halfbyte.schemes import Scheme
 FORMAT_VERSION = 1
 METADATA_KEY = "halfbyte"
 
-ModuleType = Literal["QuantizedLinear", "QuantizedEmbedding", "HalfLinear", "HalfEmbedding"]
+ModuleClass: TypeAlias = type[nn.Module]
+ModuleType = Literal[
+    "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding", "HalfLinear", "HalfConv", "HalfEmbedding"
+]
 _LINEAR_TYPES = ("QuantizedLinear", "HalfLinear")
 _EMBEDDING_TYPES = ("QuantizedEmbedding", "HalfEmbedding")
-_HALF_TYPES = ("HalfLinear", "HalfEmbedding")
+_CONV_TYPES = ("QuantizedConv", "HalfConv")
+_HALF_TYPES = ("HalfLinear", "HalfConv", "HalfEmbedding")
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -53,6 +58,7 @@ class ModuleEntry:
         layout: Layout of its codes, None for 16-bit floats.
         dtype: Name of the dtype of its float side.
         bias: Whether it has one.
+        geometry: Of a convolution, else None.
     """
 
     type: ModuleType
@@ -61,16 +67,24 @@ class ModuleEntry:
     layout: Layout | None
     dtype: str
     bias: bool
+    geometry: ConvGeometry | None = None
 
     @staticmethod
     def of(module: nn.Module) -> ModuleEntry:
         """Describes a module that halfbyte made."""
         kind: ModuleType
         layout: Layout | None
+        geometry = None
         match module:
             case QuantizedLinear():
                 kind, layout, shape = "QuantizedLinear", module.layout, (module.out_features, module.in_features)
                 dtype, bias = module.dtype, module.bias is not None
+            case QuantizedConv():
+                kind, layout, geometry, dtype = "QuantizedConv", module.layout, module.geometry, module.dtype
+                shape, bias = geometry.shape, module.bias is not None
+            case HalfConv():
+                kind, layout, geometry, dtype = "HalfConv", None, module.geometry, module.weight.dtype
+                shape, bias = geometry.shape, module.bias is not None
             case QuantizedEmbedding():
                 kind, layout, shape = "QuantizedEmbedding", module.layout, (module.num_embeddings, module.embedding_dim)
                 dtype, bias = module.dtype, False
@@ -83,26 +97,35 @@ class ModuleEntry:
             case _:
                 raise TypeError(f"{type(module).__name__} is no quantized module that files know")
         return ModuleEntry(
-            type=kind, scheme=module.scheme, shape=shape, layout=layout, dtype=dtype_name(dtype), bias=bias
+            type=kind,
+            scheme=module.scheme,
+            shape=shape,
+            layout=layout,
+            dtype=dtype_name(dtype),
+            bias=bias,
+            geometry=geometry,
         )
 
     @property
-    def is_linear(self) -> bool:
-        """Whether it takes the place of an `nn.Linear`; else of an `nn.Embedding`."""
-        return self.type in _LINEAR_TYPES
+    def replaces(self) -> ModuleClass:
+        """The class whose place it takes."""
+        if self.geometry is not None:
+            return self.geometry.float_type
+        return nn.Linear if self.type in _LINEAR_TYPES else nn.Embedding
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of the tensors that replace its float weight, by buffer name."""
         if isinstance(self.scheme.weight, FloatFormat):
-            return {"weight": (self.shape, self.scheme.weight.dtype)}
+            shape = self.shape if self.geometry is None else self.geometry.weight_shape
+            return {"weight": (shape, self.scheme.weight.dtype)}
         assert self.layout is not None
         packed = packed_shapes(self.scheme.weight, self.layout, self.shape)
-        activation = ACTIVATION_BUFFERS if self.is_linear and self.scheme.static else {}
+        activation = ACTIVATION_BUFFERS if self.type not in _EMBEDDING_TYPES and self.scheme.static else {}
         return {**packed, **{name: ((), dtype) for name, dtype in activation.items()}}
 
     def to_dict(self) -> dict[str, object]:
         """As in the file."""
-        return {
+        fields: dict[str, object] = {
             "type": self.type,
             "scheme": self.scheme.to_dict(),
             "shape": list(self.shape),
@@ -110,6 +133,7 @@ class ModuleEntry:
             "dtype": self.dtype,
             "bias": self.bias,
         }
+        return fields if self.geometry is None else {**fields, "geometry": self.geometry.to_dict()}
 
     @staticmethod
     def from_dict(name: str, fields: object) -> ModuleEntry:
@@ -120,14 +144,26 @@ class ModuleEntry:
         """
         match fields:
             case {
-                "type": ("QuantizedLinear" | "QuantizedEmbedding" | "HalfLinear" | "HalfEmbedding") as kind,
+                "type": (
+                    "QuantizedLinear"
+                    | "QuantizedConv"
+                    | "QuantizedEmbedding"
+                    | "HalfLinear"
+                    | "HalfConv"
+                    | "HalfEmbedding"
+                ) as kind,
                 "scheme": dict(scheme_fields),
                 "shape": [int(out_features), int(in_features)],
                 "layout": ("tiles" | "rows" | None) as layout,
                 "dtype": str(dtype),
                 "bias": bool(bias),
                 **rest,
-            } if not rest and out_features > 0 and in_features > 0 and dtype in FLOAT_DTYPES:
+            } if (
+                rest.keys() == ({"geometry"} if kind in _CONV_TYPES else set())
+                and out_features > 0
+                and in_features > 0
+                and dtype in FLOAT_DTYPES
+            ):
                 pass
             case _:
                 raise FileFormatError(f"the entry of module {name!r} is not understood: {fields!r}")
@@ -135,11 +171,12 @@ class ModuleEntry:
             scheme = Scheme.from_dict(scheme_fields)
         except (ValueError, TypeError) as error:
             raise FileFormatError(f"the scheme of module {name!r} is not understood: {error}") from error
+        geometry = _geometry(name, rest["geometry"], (out_features, in_features)) if kind in _CONV_TYPES else None
         half = isinstance(scheme.weight, FloatFormat)
         if (
             half != (kind in _HALF_TYPES)
             or half != (layout is None)
-            or (kind == "QuantizedLinear" and layout != "tiles")
+            or (kind in ("QuantizedLinear", "QuantizedConv") and layout != "tiles")
         ):
             raise FileFormatError(f"module {name!r} cannot be a {kind} in {scheme.weight} with layout {layout}")
         if bias and kind in _EMBEDDING_TYPES:
@@ -151,7 +188,13 @@ class ModuleEntry:
                     f"module {name!r}: group_size={granularity.group_size} does not divide in_features={in_features}"
                 )
         return ModuleEntry(
-            type=kind, scheme=scheme, shape=(out_features, in_features), layout=layout, dtype=dtype, bias=bias
+            type=kind,
+            scheme=scheme,
+            shape=(out_features, in_features),
+            layout=layout,
+            dtype=dtype,
+            bias=bias,
+            geometry=geometry,
         )
 
 
@@ -277,6 +320,18 @@ def _tensor_entry(name: str, fields: object) -> TensorEntry:
             if all(isinstance(size, int) and size >= 0 for size in shape):
                 return TensorEntry(dtype, tuple(shape), digest)
     raise FileFormatError(f"the entry of tensor {name!r} is not understood: {fields!r}")
+
+
+def _geometry(name: str, fields: object, shape: tuple[int, int]) -> ConvGeometry:
+    try:
+        if not isinstance(fields, dict):
+            raise ValueError(f"not a convolution: {fields!r}")
+        geometry = ConvGeometry.from_dict(fields)
+        if geometry.shape != shape:
+            raise ValueError(f"its weight would have shape {geometry.shape}, not {shape}")
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"the convolution {name!r} is not understood: {error}") from error
+    return geometry
 
 
 def _canonical(content: object) -> str:

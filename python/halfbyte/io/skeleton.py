@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.io.tensors import tensor_slots
-from halfbyte.nn import HalfLinear, QuantizedLinear
+from halfbyte.nn import HalfConv, HalfLinear, QuantizedConv, QuantizedLinear
 from halfbyte.swap import replace_module
 from halfbyte.targets import is_converted
 
@@ -47,6 +47,11 @@ def _float_module(module: nn.Module) -> nn.Module:
         if isinstance(module.bias, Tensor):
             linear.bias.requires_grad_(module.bias.requires_grad)
         return linear
+    if isinstance(module, QuantizedConv | HalfConv):
+        conv = module.geometry.float_module(bias=module.bias is not None)
+        if isinstance(module.bias, Tensor) and conv.bias is not None:
+            conv.bias.requires_grad_(module.bias.requires_grad)
+        return conv
     rows, width, padding_idx = module.num_embeddings, module.embedding_dim, module.padding_idx
     assert isinstance(rows, int) and isinstance(width, int) and (padding_idx is None or isinstance(padding_idx, int))
     return nn.Embedding(rows, width, padding_idx=padding_idx, device="meta")

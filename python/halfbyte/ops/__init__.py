@@ -1,5 +1,6 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
+from halfbyte.ops.conv import conv_int8, conv_weight_only
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
 from halfbyte.ops.embedding import embedding_weight_only
 from halfbyte.ops.embedding_bag import BagMode, embedding_bag_weight_only
@@ -15,6 +16,8 @@ __all__ = [
     "Cell",
     "Layout",
     "Projection",
+    "conv_int8",
+    "conv_weight_only",
     "dequantize",
     "embedding_bag_weight_only",
     "embedding_weight_only",

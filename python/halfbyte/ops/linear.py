@@ -114,11 +114,11 @@ def linear_int8(
     """
     group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
     if act_scale is not None:
-        _check_single(act_scale, "act_scale", torch.float32)
+        check_single(act_scale, "act_scale", torch.float32)
     if act_zero_point is not None:
         if act_scale is None:
             raise ValueError("act_zero_point is given without act_scale; pass both, or neither for dynamic activations")
-        _check_single(act_zero_point, "act_zero_point", torch.int32)
+        check_single(act_zero_point, "act_zero_point", torch.int32)
     y: Tensor = _linear_int8(x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point)
     return y
 
@@ -193,13 +193,28 @@ def _check(
             f"x has {in_features} features in its last dimension; the weight takes in_features={scale.shape[0] * group}"
         )
     check_group_size(group, in_features, "x")
+    check_weight(qweight, scale, zero_point, bias, bits, out_features, in_features, group)
+    return group
+
+
+def check_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group: int,
+) -> None:
+    """Raises unless a packed weight `[O, I]`, its qparams and a bias fit together."""
     if qweight.dtype is not torch.uint8:
         raise TypeError(f"qweight has dtype {qweight.dtype}; hb.ops.pack(..., layout='tiles') gives torch.uint8")
     expected = packed_shape((out_features, in_features), bits, layout="tiles", group_size=group)
     if qweight.shape != expected:
         raise ValueError(
-            f"qweight has shape {tuple(qweight.shape)}; x of shape {tuple(x.shape)}, out_features={out_features}, "
-            f"bits={bits}, group_size={group_size} need {expected}"
+            f"qweight has shape {tuple(qweight.shape)}; a weight of shape ({out_features}, {in_features}) with bits={bits}, "
+            f"group_size={group} needs {expected}"
         )
     groups = (in_features // group, out_features)
     if scale.dtype not in FLOAT_DTYPES:
@@ -215,10 +230,10 @@ def _check(
         check_float(bias, "bias")
         if bias.shape != (out_features,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs ({out_features},)")
-    return group
 
 
-def _check_single(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+def check_single(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+    """Raises unless a tensor of qparams has one element of `dtype`."""
     if tensor.dtype is not dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}; use {dtype}")
     if tensor.numel() != 1:

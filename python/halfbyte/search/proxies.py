@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch
 from halfbyte.errors import QuantizationError
-from halfbyte.nn import HalfEmbedding, HalfLinear, QuantizedModule
+from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedModule
 from halfbyte.outputs import is_logits, output_tensors
 from halfbyte.progress import track
 from halfbyte.search.bench import FLOAT, Workbench
@@ -82,7 +82,7 @@ def _weight_error(bench: Workbench, unit: str, key: str, name: str, weight: Tens
     """`W_s - W` of a weight `module.weight` under a candidate, float32."""
     module_name, _, parameter = name.rpartition(".")
     module = bench.candidates[unit][key].modules.get(module_name)
-    if not isinstance(module, QuantizedModule | HalfLinear | HalfEmbedding) or parameter != "weight":
+    if not isinstance(module, QuantizedModule | HalfLinear | HalfConv | HalfEmbedding) or parameter != "weight":
         raise QuantizationError(
             f"{module_name}: this proxy needs modules with one weight; use proxy='output_error' or method='measure'"
         )

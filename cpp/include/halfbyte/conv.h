@@ -1,0 +1,61 @@
+// Integer convolutions over channels-last int8 codes, with the low-bit weights of packing.h.
+//
+// A weight [O, C/groups, kernel...] is the matrix [O, I] in the tiles layout, I = taps * C/groups inputs in the order
+// (tap, channel), taps in row-major order of the kernel; a transposed convolution's weight [C, O/groups, kernel...] is
+// stored as [O, taps * C/groups] too. So rounding, packing and files know matrices only.
+//
+// Meaning, for each sample n (order of the arithmetic as in matmul.h, equal on every level and for all threads):
+//   x[n, c, i] = s_n * (a - za); outside the input x is 0, which is the code za
+//   acc = fma(scale[g, o], float(t), acc) over groups and chunks of the I inputs in order, t exact in int32
+//   y = fma(s_n, acc, bias)  (bias present)  or  s_n * acc
+// int8 outputs continue, rounding after each operation:
+//   y = y + float(r - zr) * sr                                            with a residual r
+//   q = clamp(round_half_even(clamp(y * (1/so), ..)) + zo, out_min, out_max)     NaN -> zo (clamped)
+#pragma once
+#include "halfbyte/matmul.h"
+
+namespace halfbyte {
+
+// Sizes of one convolution; spatial arrays are (depth, height, width), 1 in front where there are fewer dimensions.
+struct ConvShape {
+  int64_t batch, in_channels, out_channels, groups;
+  int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];  // padding: before the first input
+  bool transposed;
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t in_pixels() const { return in[0] * in[1] * in[2]; }
+  int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
+  int64_t group_inputs() const { return in_channels / groups; }
+  int64_t group_outputs() const { return out_channels / groups; }
+  int64_t row_inputs() const { return taps() * group_inputs(); }
+};
+
+// Index of the input pixel that tap `tap` of each of the output pixels [begin, end) reads, or -1 outside the input.
+void tap_pixels(const ConvShape& shape, int64_t tap, int64_t begin, int64_t end, int32_t* pixels);
+
+// How float results become int8.
+struct Requantization {
+  float inverse_scale;  // 1 / out_scale
+  int32_t zero_point, lowest, highest;
+  float residual_scale;  // where there is a residual
+  int32_t residual_zero_point;
+};
+
+struct ConvKernels {
+  // max |x|, NaN ignored.
+  float (*largest_magnitude)(const void* x, FloatType type, int64_t count);
+  // Codes [pixels, channels] of one sample, pixels [begin, end): clamp(round(x * (1/scale)), lowest - zero_point,
+  // 127 - zero_point) + zero_point, NaN -> zero_point. x is [pixels, channels], or [channels, pixels] (channels_first).
+  void (*quantize_pixels)(const void* x, FloatType type, bool channels_first, int64_t channels, int64_t pixels,
+                          int64_t begin, int64_t end, float scale, int32_t zero_point, int32_t lowest, int8_t* codes);
+  // Rows of the product for the output pixels [begin, end) of one sample and group: row 0 of `out` is pixel `begin`.
+  // `row` holds row_inputs() bytes, `pixels` taps() * (end - begin) integers. Scales are not touched.
+  void (*gather_rows)(const ConvShape& shape, const TileShape& weight, const int8_t* codes, int64_t group,
+                      int64_t begin, int64_t end, int8_t* row, int32_t* pixels, const QuantizedRows& out);
+  // int8 results of `count` floats; residual may be null.
+  void (*requantize)(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes);
+  // Pixels [begin, end) of y [pixels, channels] as [channels, pixels].
+  void (*to_channels_first)(const float* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end, float* out);
+};
+
+}  // namespace halfbyte

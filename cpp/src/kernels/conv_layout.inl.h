@@ -1,0 +1,138 @@
+// What stands around the products of a convolution: activations to channels-last codes, rows gathered from them,
+// results to int8 or to channels-first. Bound by memory.
+#pragma once
+#include <cfloat>
+
+#include "halfbyte/conv.h"
+#include "tile_walk.inl.h"
+
+namespace halfbyte {
+namespace {
+
+// 16 elements of any float type from index i on; those past `count` read as 0.
+HALFBYTE_INLINE F32x16 load_elements(const void* x, FloatType type, int64_t i, int64_t count) {
+  if (type == FloatType::kFloat32) {
+    return load_partial(static_cast<const float*>(x) + i, count, [](const float* p) { return load_f32(p); });
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(x) + i;
+  if (type == FloatType::kFloat16) return load_partial(half, count, [](const uint16_t* p) { return load_f16(p); });
+  return load_partial(half, count, [](const uint16_t* p) { return load_bf16(p); });
+}
+
+HALFBYTE_INLINE void store_bytes(int8_t* p, I32x16 x, int64_t count) {
+  if (count >= kPanel) return store_low_bytes(p, x);
+  int8_t whole[kPanel];
+  store_low_bytes(whole, x);
+  std::memcpy(p, whole, static_cast<size_t>(count));
+}
+
+float conv_largest_magnitude(const void* x, FloatType type, int64_t count) {
+  F32x16 largest[4] = {set_f32(0.0f), set_f32(0.0f), set_f32(0.0f), set_f32(0.0f)};
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    unroll<4>([&](auto j) { largest[j] = max_abs(load_elements(x, type, i + 16 * j, 16), largest[j]); });
+  }
+  for (; i < count; i += 16) largest[0] = max_abs(load_elements(x, type, i, count - i), largest[0]);
+  unroll<3>([&](auto j) { largest[0] = max_abs(largest[j + 1], largest[0]); });
+  float lanes[16], result = 0.0f;
+  store_f32(lanes, largest[0]);
+  for (float lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+void quantize_pixels(const void* x, FloatType type, bool channels_first, int64_t channels, int64_t pixels,
+                     int64_t begin, int64_t end, float scale, int32_t zero_point, int32_t lowest, int8_t* codes) {
+  const F32x16 inverse = set_f32(1.0f / scale);
+  const I32x16 zero = set_i32(zero_point);
+  const auto lo = static_cast<float>(lowest - zero_point), hi = static_cast<float>(127 - zero_point);
+  const auto quantize = [&](int64_t i, int64_t count) {
+    return add_i32(round_clamped(mul_f32(load_elements(x, type, i, count), inverse), lo, hi), zero);
+  };
+  if (!channels_first) {
+    for (int64_t i = begin * channels; i < end * channels; i += 16) {
+      store_bytes(codes + i, quantize(i, end * channels - i), end * channels - i);
+    }
+    return;
+  }
+  // 16 pixels of 16 channels at a time, turned round in a buffer.
+  for (int64_t pixel = begin; pixel < end; pixel += 16) {
+    const int64_t count = std::min<int64_t>(16, end - pixel);
+    for (int64_t channel = 0; channel < channels; channel += 16) {
+      const int64_t present = std::min<int64_t>(16, channels - channel);
+      int8_t block[16][16];
+      for (int64_t c = 0; c < present; ++c) {
+        store_low_bytes(block[c], quantize((channel + c) * pixels + pixel, count));
+      }
+      for (int64_t p = 0; p < count; ++p) {
+        int8_t* out = codes + (pixel + p) * channels + channel;
+        for (int64_t c = 0; c < present; ++c) out[c] = block[c][p];
+      }
+    }
+  }
+}
+
+inline int32_t sum_bytes(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
+void gather_rows(const ConvShape& shape, const TileShape& weight, const int8_t* codes, int64_t group, int64_t begin,
+                 int64_t end, int8_t* row, int32_t* pixels, const QuantizedRows& out) {
+  const int64_t rows = end - begin, inputs = shape.group_inputs(), taps = shape.taps();
+  for (int64_t tap = 0; tap < taps; ++tap) tap_pixels(shape, tap, begin, end, pixels + tap * rows);
+  const int64_t stride = code_stride(weight), sums = weight.groups() * chunks_per_group(weight);
+  const auto bytes = static_cast<size_t>(inputs);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t pixel = pixels[tap * rows + r];
+      if (pixel < 0) {
+        std::memset(row + tap * inputs, out.zero_point, bytes);
+      } else {
+        std::memcpy(row + tap * inputs, codes + pixel * shape.in_channels + group * inputs, bytes);
+      }
+    }
+    int8_t* to = out.codes + r * stride;
+    int32_t* sum = out.chunk_sum + r * sums;
+    for (int64_t g = 0; g < weight.groups(); ++g) {
+      const int8_t* from = row + g * weight.group_size;
+      std::memcpy(to, from, static_cast<size_t>(weight.group_size));
+      std::memset(to + weight.group_size, 0, static_cast<size_t>(weight.padded_group() - weight.group_size));
+      for (int64_t k = 0; k < weight.padded_group(); k += kMaxChunk) {
+        *sum++ = sum_bytes(from + k, std::clamp<int64_t>(weight.group_size - k, 0, kMaxChunk));
+      }
+      to += weight.padded_group();
+    }
+  }
+}
+
+void requantize(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes) {
+  const F32x16 inverse = set_f32(r.inverse_scale);
+  const I32x16 zero = set_i32(r.zero_point);
+  const auto lo = static_cast<float>(r.lowest - r.zero_point), hi = static_cast<float>(r.highest - r.zero_point);
+  for (int64_t i = 0; i < count; i += 16) {
+    F32x16 value = load_elements(y, FloatType::kFloat32, i, count - i);
+    if (residual != nullptr) {
+      // Signed bytes are read as u = code XOR 128, which is code + 128.
+      uint8_t shifted[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        shifted[j] = static_cast<uint8_t>((i + j < count ? residual[i + j] : 0) + 128);
+      }
+      const I32x16 difference = sub_i32(load_u8_to_i32(shifted), set_i32(128 + r.residual_zero_point));
+      value = add_f32(value, mul_f32(to_float(difference), set_f32(r.residual_scale)));
+    }
+    store_bytes(codes + i, add_i32(round_clamped(mul_f32(value, inverse), lo, hi), zero), count - i);
+  }
+}
+
+void to_channels_first(const float* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end, float* out) {
+  for (int64_t pixel = begin; pixel < end; pixel += 16) {
+    const int64_t pixel_end = std::min(pixel + 16, end);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t p = pixel; p < pixel_end; ++p) out[c * pixels + p] = y[p * channels + c];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace halfbyte
