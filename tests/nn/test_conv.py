@@ -186,3 +186,14 @@ def test_compiled_module_gives_the_same_bits() -> None:
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         assert torch.equal(compiled(x), model(x))
+
+
+def test_static_activations(kind: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    model, x = kind
+    static = quantized(model, hb.int8_static(), data=[x, x * 0.9])
+    expected = model(x)
+    assert (static(x) - expected).norm() / expected.norm() < 0.03
+    hb.verify(static, [x]).raise_if_failed()
+    hb.save(static, tmp_path / "model.safetensors")
+    loaded = hb.load_(copy.deepcopy(model).to("meta"), tmp_path / "model.safetensors")
+    assert torch.equal(loaded(x), static(x))

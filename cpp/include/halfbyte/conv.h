@@ -30,6 +30,8 @@ struct ConvShape {
   int64_t row_inputs() const { return taps() * group_inputs(); }
 };
 
+constexpr int64_t kDepthwiseChannels = 64;  // that depthwise_lines computes together
+
 // Index of the input pixel that tap `tap` of each of the output pixels [begin, end) reads, or -1 outside the input.
 void tap_pixels(const ConvShape& shape, int64_t tap, int64_t begin, int64_t end, int32_t* pixels);
 
@@ -41,11 +43,30 @@ struct Requantization {
   int32_t residual_zero_point;
 };
 
+// What a product reads: codes of all samples and the scale of each.
+struct ConvInput {
+  const int8_t* codes;  // [batch, in_pixels, in_channels]
+  const float* scale;   // [batch]
+  int32_t zero_point;
+  const int32_t*
+      pixel_sum;  // [batch, in_pixels, groups]: sum(a) over the channels of a group; only multiply_rows reads it
+};
+
+// Where results go: float32, or int8 codes if `codes` is not null. [batch, out_pixels, channels].
+struct ConvResults {
+  float* floats;
+  int8_t* codes;
+  const int8_t* residual;  // may be null
+  Requantization requantization;
+  int64_t channels;
+};
+
 struct ConvKernels {
   // max |x|, NaN ignored.
   float (*largest_magnitude)(const void* x, FloatType type, int64_t count);
   // Codes [pixels, channels] of one sample, pixels [begin, end): clamp(round(x * (1/scale)), lowest - zero_point,
-  // 127 - zero_point) + zero_point, NaN -> zero_point. x is [pixels, channels], or [channels, pixels] (channels_first).
+  // highest
+  // - zero_point) + zero_point, NaN -> zero_point. x is [pixels, channels] or, `channels_first`, [channels, pixels].
   void (*quantize_pixels)(const void* x, FloatType type, bool channels_first, int64_t channels, int64_t pixels,
                           int64_t begin, int64_t end, float scale, int32_t zero_point, int32_t lowest, int8_t* codes);
   // Rows of the product for the output pixels [begin, end) of one sample and group: row 0 of `out` is pixel `begin`.
@@ -54,6 +75,26 @@ struct ConvKernels {
                       int64_t begin, int64_t end, int8_t* row, int32_t* pixels, const QuantizedRows& out);
   // int8 results of `count` floats; residual may be null.
   void (*requantize)(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes);
+  // sums[i] = sum of the `inputs` codes from i * inputs on.
+  void (*sum_pixels)(const int8_t* codes, int64_t count, int64_t inputs, int32_t* sums);
+  // Whether multiply_rows reads segments of the codes in place, for which it needs pixel sums.
+  bool (*reads_in_place)(const ConvShape& shape);
+  // Results of the output pixels [pixel_begin, pixel_end) of one sample and group in the panels [panel_begin,
+  // panel_end), for weights with one scale an output and at most kMaxChunk inputs. `scratch`: rows_scratch_bytes,
+  // 64-byte aligned.
+  void (*multiply_rows)(const ConvShape& shape, const TiledWeight& w, const ConvInput& x, const ConvResults& y,
+                        int64_t sample, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t panel_begin,
+                        int64_t panel_end, const float* bias, void* scratch);
+  int64_t panels_per_tile;  // of multiply_rows: split panels in multiples of it
+  int64_t (*rows_scratch_bytes)(const ConvShape& shape, const TileShape& weight, int64_t rows);
+  // Whether depthwise_lines computes a convolution.
+  bool (*is_depthwise)(const ConvShape& shape, const TiledWeight& w);
+  // The same for the channels [channel_begin, channel_end) of output lines; channels in multiples of
+  // kDepthwiseChannels.
+  void (*depthwise_lines)(const ConvShape& shape, const TiledWeight& w, const ConvInput& x, const ConvResults& y,
+                          int64_t sample, int64_t channel_begin, int64_t channel_end, int64_t line_begin,
+                          int64_t line_end, const float* bias, void* scratch);
+  int64_t (*depthwise_scratch_bytes)(const ConvShape& shape, const TileShape& weight);
   // Pixels [begin, end) of y [pixels, channels] as [channels, pixels].
   void (*to_channels_first)(const float* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end, float* out);
 };

@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "halfbyte/conv.h"
 #include "halfbyte/elementwise.h"
 #include "halfbyte/embedding_bag.h"
 #include "halfbyte/gptq.h"
@@ -15,6 +14,8 @@
 #include "halfbyte/training.h"
 
 namespace halfbyte {
+
+struct ConvKernels;  // conv.h
 
 struct KernelTable {
   const char* name;

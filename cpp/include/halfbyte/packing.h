@@ -12,6 +12,8 @@
 //        output 16*panel + c, input k + 4*t + j. A unit is its planes one after another: 16*k_unit*bits/8 bytes.
 //        Outputs past O have code 0. Shape [panels, units * unit_bytes].
 #pragma once
+#include <initializer_list>
+
 #include "halfbyte/types.h"
 
 namespace halfbyte {

@@ -1,7 +1,5 @@
 #include "halfbyte/conv.h"
 
-#include <initializer_list>  // of packing.h
-
 namespace halfbyte {
 namespace {
 

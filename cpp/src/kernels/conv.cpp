@@ -1,6 +1,6 @@
 #include "level.h"
 // What the level offers comes first: the kernels are written in terms of it.
-#include "conv_layout.inl.h"
+#include "conv_depthwise.inl.h"
 
 namespace halfbyte::HALFBYTE_LEVEL {
 constinit const ConvKernels conv_table = {
@@ -8,6 +8,14 @@ constinit const ConvKernels conv_table = {
     .quantize_pixels = quantize_pixels,
     .gather_rows = gather_rows,
     .requantize = requantize,
+    .sum_pixels = sum_pixels,
+    .reads_in_place = reads_in_place,
+    .multiply_rows = multiply_rows,
+    .panels_per_tile = kTilePanels,
+    .rows_scratch_bytes = conv_scratch_bytes,
+    .is_depthwise = is_depthwise,
+    .depthwise_lines = depthwise_lines,
+    .depthwise_scratch_bytes = depthwise_scratch_bytes,
     .to_channels_first = to_channels_first,
 };
 }  // namespace halfbyte::HALFBYTE_LEVEL

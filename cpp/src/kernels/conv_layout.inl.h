@@ -3,8 +3,8 @@
 #pragma once
 #include <cfloat>
 
+#include "conv_simd.inl.h"
 #include "halfbyte/conv.h"
-#include "tile_walk.inl.h"
 
 namespace halfbyte {
 namespace {
@@ -71,9 +71,30 @@ void quantize_pixels(const void* x, FloatType type, bool channels_first, int64_t
   }
 }
 
+struct Ones {
+  uint8_t bytes[64];
+  constexpr Ones() : bytes() {
+    for (uint8_t& byte : bytes) byte = 1;
+  }
+};
+
 inline int32_t sum_bytes(const int8_t* codes, int64_t count) {
+  static constexpr Ones kOnes;
   int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  int64_t i = 0;
+  if (count >= 64) {
+    const QuadWeights ones = load_quad_weights(kOnes.bytes);
+    I32x16 sums = set_i32(0);
+    for (; i + 64 <= count; i += 64) {  // of unsigned codes + 128
+      const U8x64 row = xor_rows(load_row(reinterpret_cast<const uint8_t*>(codes + i)), set_bytes(0x80));
+      sums = dot_quads(sums, row, ones);
+    }
+    int32_t lanes[16];
+    store_i32(lanes, sums);
+    for (int32_t lane : lanes) sum += lane;
+    sum -= static_cast<int32_t>(128 * i);
+  }
+  for (; i < count; ++i) sum += codes[i];
   return sum;
 }
 
@@ -106,22 +127,25 @@ void gather_rows(const ConvShape& shape, const TileShape& weight, const int8_t* 
   }
 }
 
-void requantize(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes) {
-  const F32x16 inverse = set_f32(r.inverse_scale);
-  const I32x16 zero = set_i32(r.zero_point);
+HALFBYTE_INLINE F32x16 add_residual(F32x16 value, const int8_t* residual, const Requantization& r) {
+  const I32x16 difference = sub_i32(load_s8_to_i32(residual), set_i32(r.residual_zero_point));
+  return add_f32(value, mul_f32(to_float(difference), set_f32(r.residual_scale)));
+}
+
+HALFBYTE_INLINE I32x16 requantized(F32x16 value, const Requantization& r) {
   const auto lo = static_cast<float>(r.lowest - r.zero_point), hi = static_cast<float>(r.highest - r.zero_point);
+  return add_i32(round_clamped(mul_f32(value, set_f32(r.inverse_scale)), lo, hi), set_i32(r.zero_point));
+}
+
+void requantize(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes) {
   for (int64_t i = 0; i < count; i += 16) {
     F32x16 value = load_elements(y, FloatType::kFloat32, i, count - i);
     if (residual != nullptr) {
-      // Signed bytes are read as u = code XOR 128, which is code + 128.
-      uint8_t shifted[16];
-      for (int64_t j = 0; j < 16; ++j) {
-        shifted[j] = static_cast<uint8_t>((i + j < count ? residual[i + j] : 0) + 128);
-      }
-      const I32x16 difference = sub_i32(load_u8_to_i32(shifted), set_i32(128 + r.residual_zero_point));
-      value = add_f32(value, mul_f32(to_float(difference), set_f32(r.residual_scale)));
+      int8_t whole[16] = {};
+      std::memcpy(whole, residual + i, static_cast<size_t>(std::min<int64_t>(16, count - i)));
+      value = add_residual(value, whole, r);
     }
-    store_bytes(codes + i, add_i32(round_clamped(mul_f32(value, inverse), lo, hi), zero), count - i);
+    store_bytes(codes + i, requantized(value, r), count - i);
   }
 }
 

@@ -27,6 +27,7 @@ extern const ConvKernels conv_table;
 #ifdef HALFBYTE_BASE_LEVEL
 namespace halfbyte::HALFBYTE_LEVEL {
 extern const MatmulKernels matmul_table;
+using HALFBYTE_BASE_LEVEL::conv_table;
 using HALFBYTE_BASE_LEVEL::elementwise_table;
 using HALFBYTE_BASE_LEVEL::embedding_bag_table;
 using HALFBYTE_BASE_LEVEL::gptq_table;

@@ -238,15 +238,6 @@ void sum_columns(const Int8Tile& t) {
   }
 }
 
-// Codes of `units` units, one byte each, quad by quad: the 8-bit layout.
-template <int Bits>
-void unpack_units(const uint8_t* in, int64_t units, uint8_t* out) {
-  for (int64_t unit = 0; unit < units; ++unit) {
-    unroll<kQuadsPerUnit<Bits>>([&](auto q) { store_row(out + 64 * q, quad_codes<Bits, q>(in)); });
-    in += unit_bytes(Bits), out += 64 * kQuadsPerUnit<Bits>;
-  }
-}
-
 using Int8RowTile = void (*)(const Int8Tile&, int64_t row, Cursor, int64_t k_end, Ahead);
 
 // Tiles of 1 to Rows rows.

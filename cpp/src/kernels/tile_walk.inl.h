@@ -49,6 +49,15 @@ HALFBYTE_INLINE U8x64 quad_codes(const uint8_t* unit) {
   }
 }
 
+// Codes of `units` units, one byte each, quad by quad: the 8-bit layout.
+template <int Bits>
+void unpack_units(const uint8_t* in, int64_t units, uint8_t* out) {
+  for (int64_t unit = 0; unit < units; ++unit) {
+    unroll<kQuadsPerUnit<Bits>>([&](auto q) { store_row(out + 64 * q, quad_codes<Bits, q>(in)); });
+    in += unit_bytes(Bits), out += 64 * kQuadsPerUnit<Bits>;
+  }
+}
+
 // Calls f(Int<bits>) for a width known at run time.
 template <class F>
 HALFBYTE_INLINE auto with_bits(int bits, F&& f) {

@@ -4,15 +4,19 @@
 #include <limits>
 #include <vector>
 
+#include "halfbyte/conv.h"
 #include "local_buffer.h"
 #include "product_operands.h"
 
 namespace halfbyte::ops {
 namespace {
 
-constexpr int64_t kElementGrain = 1 << 15;   // activations that a thread takes at least
-constexpr int64_t kGatherBytes = 128 << 10;  // gathered rows that one product reads
-constexpr int64_t kMaxRows = 384;            // of one product
+constexpr int64_t kElementGrain = 1 << 15;     // activations that a thread takes at least
+constexpr int64_t kGatherBytes = 128 << 10;    // gathered rows that one product reads
+constexpr int64_t kMaxRows = 384;              // of one product
+constexpr int64_t kLeastRows = 24;             // that share a pass over the weights
+constexpr int64_t kSegments = 2048;            // pointers of one run
+constexpr int64_t kMinTaskProducts = 1 << 19;  // less work than this is not worth another thread
 
 // Activations as [batch, pixels, channels], or [batch, channels, pixels] if channels_first.
 struct Activations {
@@ -116,13 +120,6 @@ Conv checked(const Tensor& x, const Tensor& qweight, const Tensor& scale, const 
   return {s, checked_weight(weight, qweight, scale, zero_point, bias), std::move(y_sizes)};
 }
 
-// What the products read: codes of all samples, and the scale of each.
-struct Codes {
-  const int8_t* codes;
-  const float* scale;
-  int32_t zero_point;
-};
-
 // Dynamic scales: symmetric, one for each sample, max(absmax / 127, FLT_MIN).
 void find_scales(const Activations& x, FloatType type, const ConvShape& s, float* scale) {
   const int64_t count = s.in_channels * s.in_pixels(), size = type == FloatType::kFloat32 ? 4 : 2;
@@ -142,7 +139,7 @@ void find_scales(const Activations& x, FloatType type, const ConvShape& s, float
   }
 }
 
-void quantize_activations(const Activations& x, FloatType type, const ConvShape& s, bool dynamic, const Codes& to,
+void quantize_activations(const Activations& x, FloatType type, const ConvShape& s, bool dynamic, const ConvInput& to,
                           int8_t* codes) {
   const int64_t pixels = s.in_pixels(), sample = s.in_channels * pixels, size = type == FloatType::kFloat32 ? 4 : 2;
   const int64_t step = round_up(std::max<int64_t>(kElementGrain / std::max<int64_t>(s.in_channels, 1), 1), 16);
@@ -158,16 +155,74 @@ void quantize_activations(const Activations& x, FloatType type, const ConvShape&
   });
 }
 
-// Where results go: float or int8 codes, always [batch, pixels, channels].
-struct Results {
-  float* floats;
-  int8_t* codes;
-  const int8_t* residual;
-  Requantization requantization;
-};
+// Tasks of about equal size for all threads; results of tiny convolutions are worth one thread only.
+int64_t tasks_for(int64_t products) {
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  return std::clamp<int64_t>(products / kMinTaskProducts, 1, threads);
+}
 
-// Products of rows that are gathered from the codes, one group of channels after another.
-void multiply_gathered(const Conv& c, const Codes& x, const float* bias, const Results& y) {
+// Depthwise convolutions: samples x runs of lines.
+void multiply_depthwise(const Conv& c, const ConvInput& x, const float* bias, const ConvResults& y) {
+  const ConvShape& s = c.shape;
+  const TiledWeight& w = c.operand.weight;
+  const int64_t lines = s.out[1], blocks = ceil_div(s.out_channels, kDepthwiseChannels);
+  const int64_t tasks = tasks_for(8 * s.batch * s.out_pixels() * s.out_channels * s.taps());
+  const int64_t of_sample = std::min(ceil_div(tasks, s.batch), lines * blocks);
+  // Lines are split first: neighbours share what they read.
+  const int64_t runs = std::min(of_sample, lines), parts = std::min(ceil_div(of_sample, runs), blocks);
+  parallel_for(s.batch * runs * parts, ceil_div(s.batch * runs * parts, tasks), [&](int64_t begin, int64_t end) {
+    thread_local LocalBuffer buffer;
+    void* memory = buffer.get(kernels().conv.depthwise_scratch_bytes(s, w.shape));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / (runs * parts), run = task / parts % runs, part = task % parts;
+      kernels().conv.depthwise_lines(s, w, x, y, n, part * blocks / parts * kDepthwiseChannels,
+                                     std::min((part + 1) * blocks / parts * kDepthwiseChannels, s.out_channels),
+                                     run * lines / runs, (run + 1) * lines / runs, bias, memory);
+    }
+    buffer.release_if_large();
+  });
+}
+
+// Products of rows read in place: samples x groups x runs of pixels, and of panels where pixels are few.
+void multiply_rows(const Conv& c, const ConvInput& x, const float* bias, const ConvResults& y) {
+  const ConvShape& s = c.shape;
+  const TiledWeight& w = c.operand.weight;
+  const ConvKernels& kernel = kernels().conv;
+  const int64_t pixels = s.out_pixels(), outputs = s.group_outputs();
+  const int64_t tasks = tasks_for(s.batch * pixels * s.out_channels * s.row_inputs());
+  // The pointers of a run stay in the L1 cache, gathered rows in the L2 cache.
+  const int64_t most = kernel.reads_in_place(s) ? kSegments / s.taps() : kGatherBytes / s.row_inputs();
+  const int64_t fair = ceil_div(s.batch * s.groups * pixels, tasks);
+  const int64_t runs = ceil_div(pixels, std::max<int64_t>(std::min(most, fair), kLeastRows));
+  const int64_t panels = ceil_div(outputs, kPanel);  // a group may touch one more, at either end
+  const int64_t parts =
+      std::clamp<int64_t>(tasks / (s.batch * s.groups * runs), 1, ceil_div(panels, kernel.panels_per_tile));
+  const int64_t count = s.batch * s.groups * runs * parts;
+  parallel_for(count, ceil_div(count, tasks), [&](int64_t begin, int64_t end) {
+    thread_local LocalBuffer buffer;
+    void* memory = buffer.get(kernel.rows_scratch_bytes(s, w.shape, ceil_div(pixels, runs)));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts, run = task / parts % runs, group = task / parts / runs % s.groups;
+      const int64_t first = group * outputs / kPanel, last = ceil_div((group + 1) * outputs, kPanel);
+      const int64_t tile = kernel.panels_per_tile, tiles = ceil_div(last - first, tile);
+      kernel.multiply_rows(s, w, x, y, task / parts / runs / s.groups, group, run * pixels / runs,
+                           (run + 1) * pixels / runs, first + part * tiles / parts * tile,
+                           std::min(first + (part + 1) * tiles / parts * tile, last), bias, memory);
+    }
+    buffer.release_if_large();
+  });
+}
+
+void sum_all_pixels(const ConvShape& s, const ConvInput& x, int32_t* sums) {
+  const int64_t inputs = s.group_inputs(), count = s.batch * s.in_pixels() * s.groups;
+  parallel_for(count, kElementGrain / inputs, [&](int64_t begin, int64_t end) {
+    kernels().conv.sum_pixels(x.codes + begin * inputs, end - begin, inputs, sums + begin);
+  });
+}
+
+// The most general form, for weights whose inputs have scales in groups or are very many: rows that are gathered from
+// the codes, one group of channels after another.
+void multiply_gathered(const Conv& c, const ConvInput& x, const float* bias, const ConvResults& y) {
   const ConvShape& s = c.shape;
   const TiledWeight& w = c.operand.weight;
   const ConvKernels& kernel = kernels().conv;
@@ -290,7 +345,12 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
   const FloatType type = codes_in ? FloatType::kFloat32 : float_type(x, "x");
   const bool direct = codes_out || (!turned && type == FloatType::kFloat32);
   const int64_t results = s.batch * s.out_pixels() * s.out_channels;
+  const TiledWeight& w = c.operand.weight;
+  const bool depthwise = kernels().conv.is_depthwise(s, w);
+  const bool one_scale = w.shape.groups() == 1 && w.shape.in_features <= kMaxChunk;
+  const bool in_place = !depthwise && one_scale && kernels().conv.reads_in_place(s);
   Parts parts;
+  const int64_t sums_at = parts.add<int32_t>(in_place ? s.batch * s.in_pixels() * s.groups : 0);
   const int64_t codes_at = parts.add<int8_t>(codes_in ? 0 : s.batch * s.in_pixels() * s.in_channels);
   const int64_t scales_at = parts.add<float>(s.batch);
   const int64_t floats_at = parts.add<float>(direct ? 0 : results);
@@ -300,9 +360,9 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
   const Tensor x_codes = codes_in ? codes_last(x) : x;
   auto* scales = reinterpret_cast<float*>(memory + scales_at);
   std::fill_n(scales, s.batch, act.scale);
-  Codes codes = {codes_in ? static_cast<const int8_t*>(x_codes.const_data_ptr())
-                          : reinterpret_cast<const int8_t*>(memory + codes_at),
-                 scales, act.zero_point};
+  ConvInput codes = {codes_in ? static_cast<const int8_t*>(x_codes.const_data_ptr())
+                              : reinterpret_cast<const int8_t*>(memory + codes_at),
+                     scales, act.zero_point, nullptr};
   if (!codes_in) {
     const Activations floats = {channels_first ? as_contiguous(x) : x, channels_first};
     if (!act_scale) find_scales(floats, type, s, scales);
@@ -310,7 +370,8 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
   }
 
   const Tensor residual_codes = residual ? codes_last(*residual) : y;
-  Results to = {};
+  ConvResults to = {};
+  to.channels = s.out_channels;
   if (codes_out) {
     to.codes = static_cast<int8_t*>(y_last.mutable_data_ptr());
     to.residual = residual ? static_cast<const int8_t*>(residual_codes.const_data_ptr()) : nullptr;
@@ -324,7 +385,18 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
     to.floats = direct ? static_cast<float*>(y.mutable_data_ptr()) : reinterpret_cast<float*>(memory + floats_at);
   }
   const FloatBias float_bias(c.operand.bias);
-  multiply_gathered(c, codes, float_bias.get(), to);
+  if (depthwise) {
+    multiply_depthwise(c, codes, float_bias.get(), to);
+  } else if (one_scale) {
+    if (in_place) {
+      auto* sums = reinterpret_cast<int32_t*>(memory + sums_at);
+      sum_all_pixels(s, codes, sums);
+      codes.pixel_sum = sums;
+    }
+    multiply_rows(c, codes, float_bias.get(), to);
+  } else {
+    multiply_gathered(c, codes, float_bias.get(), to);
+  }
   if (!direct) {
     store_floats(to.floats, s, turned, type, y, reinterpret_cast<float*>(memory + turned_at));
   }

@@ -3,4 +3,5 @@
 #include <immintrin.h>
 #include <simde/x86/avx512/dpbusd.h>
 
+#define __AVXVNNI__ 1
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
