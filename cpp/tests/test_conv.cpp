@@ -6,32 +6,18 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <string>
 #include <vector>
 
 #include "halfbyte/conv.h"
 #include "halfbyte/dispatch.h"
+#include "testing.h"
 
 using namespace halfbyte;
+using namespace halfbyte::testing;
 
 namespace {
 
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fputc('\n', stderr);                                            \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-uint32_t random_bits() {
-  static uint64_t state = 88172645463325252ull;
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<uint32_t>(state >> 32);
-}
 float random_float() { return static_cast<float>(static_cast<int32_t>(random_bits())) * 0x1p-30f; }
 size_t size(int64_t n) { return static_cast<size_t>(n); }
 
@@ -236,8 +222,9 @@ void check_case(const Case& c) {
   const Problem p(c);
   const Result expected = reference(p);
   const size_t results = expected.floats.size();
-  for (const std::string& level : supported_levels()) {
-    set_active_level(level);
+  for (const std::string& name : supported_levels()) {
+    set_active_level(name);
+    level = name.c_str();
     const ConvKernels& kernel = kernels().conv;
     for (bool depthwise : {false, true}) {
       if (depthwise && !kernel.is_depthwise(p.s, p.weight())) continue;
@@ -248,21 +235,20 @@ void check_case(const Case& c) {
       multiply(p, kernel, depthwise, to);
       to.codes = got.with_residual.data(), to.residual = p.residual.data();
       multiply(p, kernel, depthwise, to);
-      check_equal(got.floats, expected.floats, "float result", level.c_str(), c);
-      check_equal(got.codes, expected.codes, "code", level.c_str(), c);
-      check_equal(got.with_residual, expected.with_residual, "code with a residual", level.c_str(), c);
+      check_equal(got.floats, expected.floats, "float result", level, c);
+      check_equal(got.codes, expected.codes, "code", level, c);
+      check_equal(got.with_residual, expected.with_residual, "code with a residual", level, c);
       ++cases;
     }
   }
 }
 
 void check_layouts() {
-  const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
   for (int64_t channels : {1, 3, 16, 17, 40}) {
     for (int64_t pixels : {1, 15, 33}) {
       std::vector<float> first(size(channels * pixels)), last(first.size()), turned(first.size());
       for (float& value : first) value = random_float() * 100;
-      first[0] = nan, first.back() = -inf;
+      first[0] = kNaN, first.back() = -kInf;
       float largest = 0;
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t p = 0; p < pixels; ++p) {
@@ -276,11 +262,11 @@ void check_layouts() {
         const float scaled = value == value ? value * (1.0f / 0.5f) : 0.0f;
         expected.push_back(static_cast<int8_t>(std::nearbyint(std::clamp(scaled, -127.0f - 5, 127.0f - 5)) + 5));
       }
-      for (const std::string& level : supported_levels()) {
-        set_active_level(level);
+      for (const std::string& name : supported_levels()) {
+        set_active_level(name);
+        level = name.c_str();
         const ConvKernels& kernel = kernels().conv;
-        CHECK(kernel.largest_magnitude(first.data(), FloatType::kFloat32, channels * pixels) == largest, "%s",
-              level.c_str());
+        CHECK(kernel.largest_magnitude(first.data(), FloatType::kFloat32, channels * pixels) == largest, "%s", level);
         for (bool channels_first : {false, true}) {
           std::vector<int8_t> codes(expected.size(), 99);
           const int64_t middle = pixels > 16 ? 16 : 0;
@@ -289,10 +275,10 @@ void check_layouts() {
                                  codes.data());
           kernel.quantize_pixels(x, FloatType::kFloat32, channels_first, channels, pixels, middle, pixels, 0.5f, 5,
                                  -127, codes.data());
-          CHECK(codes == expected, "%s: codes of %d channels, %d pixels", level.c_str(), int(channels), int(pixels));
+          CHECK(codes == expected, "%s: codes of %d channels, %d pixels", level, int(channels), int(pixels));
         }
         kernel.to_channels_first(last.data(), channels, pixels, 0, pixels, turned.data());
-        CHECK(std::memcmp(turned.data(), first.data(), first.size() * sizeof(float)) == 0, "%s", level.c_str());
+        CHECK(std::memcmp(turned.data(), first.data(), first.size() * sizeof(float)) == 0, "%s", level);
       }
     }
   }

@@ -37,6 +37,7 @@ SCHEMES = {
     "int3_weight_only": hb.int_weight_only(3),
     "binary": hb.int_weight_only(1),
     "int4_int8_dynamic": hb.int4_int8_dynamic(8),
+    "nf4": hb.nf4_weight_only(8),
     "bf16": hb.bf16(),
 }
 # Relative errors of one layer with random weights and inputs; a wrong order of inputs gives about 1.4.

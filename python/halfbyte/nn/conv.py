@@ -86,6 +86,7 @@ class QuantizedConv(QuantizedModule):
                 output_padding=geometry.output_padding,
                 bits=self.bits,
                 group_size=self.group_size,
+                codebook=self.codebook,
             )
         return ops.conv_int8(
             x,

@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.convolution import ConvGeometry
-from halfbyte.ops.checks import check_bits, check_float
+from halfbyte.ops.checks import check_bits, check_codebook, check_float
 from halfbyte.ops.linear import check_single, check_weight, dequantized_weight
 
 __all__ = ["conv_int8", "conv_weight_only"]
@@ -170,6 +170,7 @@ def conv_weight_only(
     output_padding: IntOrSizes = 0,
     bits: int,
     group_size: int | None = None,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """Convolution of float activations with 1- to 8-bit weights: torch's own, in float32, with the dequantized weight.
 
@@ -180,6 +181,7 @@ def conv_weight_only(
         qweight, scale, zero_point, bias: As in `conv_int8`.
         out_channels, kernel_size, stride, padding, dilation, groups, transposed, output_padding: As in `conv_int8`.
         bits, group_size: As in `conv_int8`.
+        codebook: `[16]` float32, the value of each (unsigned) code of at most 4 bits; `zero_point` is None then.
 
     Returns:
         `[N, O, ...]` in the dtype of `x`.
@@ -198,7 +200,8 @@ def conv_weight_only(
     g = _geometry(x, out_channels, kernel_size, stride, padding, dilation, groups, transposed, output_padding)
     check_float(x, "x")
     group = _check_operands(g, qweight, scale, zero_point, bias, bits, group_size)
-    weight = g.weight_of(_matrix(g, qweight, scale, zero_point, bits, group))
+    check_codebook(codebook, bits, zero_point)
+    weight = g.weight_of(_matrix(g, qweight, scale, zero_point, bits, group, codebook))
     return g.convolve(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -269,7 +272,13 @@ def _check_operands(
 
 
 def _matrix(
-    g: ConvGeometry, qweight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
+    g: ConvGeometry,
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     out_features, in_features = g.shape
     return dequantized_weight(
@@ -280,6 +289,7 @@ def _matrix(
         out_features=out_features,
         in_features=in_features,
         group_size=group_size,
+        codebook=codebook,
     )
 
 
