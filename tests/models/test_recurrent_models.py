@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.models import charrnn, silero
-from torch import Tensor
+from torch import Tensor, nn
 
 import halfbyte as hb
 
@@ -43,7 +43,9 @@ def test_voice_activity_is_decided_as_before(shared_data: Path) -> None:
     for algorithms, bound in (([], 0.03), ([hb.algorithms.GPTQ()], 0.02)):
         quantized = copy.deepcopy(model)
         data = [chunks[:400]] if algorithms else None
-        hb.quantize_(quantized, hb.int8_dynamic(), data, algorithms, progress=False, forward=forward)
+        # The recurrent cell is what is tested here; the spectrum that conv1 reads spans more than 8 bits.
+        recipe = hb.Recipe(default=hb.int8_dynamic(), overrides={nn.Conv1d: None})
+        hb.quantize_(quantized, recipe, data, algorithms, progress=False, forward=forward)
         assert isinstance(quantized.lstm_cell, hb.nn.QuantizedLSTMCell)
         after = silero.probabilities(quantized, chunks)
         assert (after - expected).abs().max().item() < bound
