@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte.hessian import InputHessian, reversed_cholesky
+from halfbyte.hessian import InputHessian, retarget, reversed_cholesky
 from halfbyte.sequential import find_blocks, round_in_order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +102,7 @@ def test_gptq_loses_less_than_mse_on_other_data(chained: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("options", [{}, {"group_scales": "static"}, {"act_order": False}])
+@pytest.mark.parametrize("options", [{}, {"group_scales": "static"}, {"act_order": False}, {"polish": 0}])
 def test_every_width_runs(bits: int, options: dict[str, object]) -> None:
     model = make()
     report = quantize(model, hb.GPTQ(**options), hb.int_weight_only(bits, group_size=16))  # type: ignore[arg-type]
@@ -142,6 +142,117 @@ def test_layers_see_what_quantized_layers_before_them_produce() -> None:
         constant = torch.sigmoid(layer.gate.bias) * layer.up.bias  # type: ignore[union-attr, arg-type]
     torch.testing.assert_close(hessians["layers.0.down"].float(), constant[:, None] * constant, rtol=1e-4, atol=1e-7)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_drift_is_what_quantized_layers_before_changed() -> None:
+    model, seen = make(), {}
+
+    def round_layer(name: str, layer: nn.Linear, inputs: InputHessian) -> Tensor:
+        seen[name] = inputs.drift()
+        return layer.weight * (0.5 if name.endswith("up") else 1.0)  # halves what down gets
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        model.layers[0].up.bias.zero_()  # type: ignore[union-attr, operator]
+    round_in_order(model, names, data(1), round_layer, drift=True, progress=False)
+    assert not seen["layers.0.gate"].any()  # type: ignore[union-attr]
+    rows: list[Tensor] = []
+    hook = model.layers[0].down.register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, -2)))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        for batch in data(1):
+            model(batch)
+    hook.remove()
+    y = torch.cat(rows).double()
+    torch.testing.assert_close(seen["layers.0.down"], (y - y / 2).T @ (y / 2) / len(y), rtol=1e-4, atol=1e-7)
+    assert seen["layers.2.gate"].abs().max() > 0 and seen["head"].abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_routed_tokens_have_no_drift() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.expert(x[x[:, 0] > 0.1])
+
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(Routed()), {}
+
+    def round_layer(name: str, layer: nn.Linear, inputs: InputHessian) -> Tensor:
+        seen[name] = inputs.drift()
+        return layer.weight * 0.3
+
+    round_in_order(model, ["0.first", "0.expert"], [torch.randn(50, 8)], round_layer, drift=True, progress=False)
+    assert seen["0.first"] is not None and seen["0.expert"] is None
+
+
+def test_retarget_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 20, dtype=torch.float64, generator=generator)
+    y = x + 0.3 * torch.randn(400, 20, dtype=torch.float64, generator=generator)
+    weight, order = torch.randn(6, 20, generator=generator), torch.randperm(20, generator=generator)
+    h, drift = x.T @ x / 400, (y - x).T @ x / 400
+    factor, _ = reversed_cholesky(h, 0.0, order)
+    solution = torch.linalg.lstsq(x, y @ weight.double().T).solution.T
+    torch.testing.assert_close(retarget(weight, factor, order, drift, 1.0).double(), solution, rtol=1e-4, atol=1e-5)
+    half = (solution + weight.double()) / 2
+    torch.testing.assert_close(retarget(weight, factor, order, drift, 0.5).double(), half, rtol=1e-4, atol=1e-5)
+
+
+def test_feedback_and_polish_lose_less_than_textbook_gptq_on_other_data() -> None:
+    errors = {}
+    for name, options in {
+        "textbook": {"error_feedback": 0.0, "polish": 0},
+        "polish": {"error_feedback": 0.0},
+        "both": {},
+    }.items():
+        total = 0.0
+        for seed in range(3):
+            original = make(seed)
+            model = copy.deepcopy(original)
+            scheme = hb.int_weight_only(2, group_size=16)
+            hb.quantize_(
+                model, scheme, data=data(1, 20), algorithms=[hb.GPTQ(**options)], progress=False, on_fallback="allow"
+            )  # type: ignore[arg-type]
+            total += error(model, original)
+        errors[name] = total
+    assert errors["both"] < errors["polish"] < errors["textbook"]
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(50, 16), nn.Linear(16, 8)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.linear(self.embed(tokens))
+
+
+@pytest.mark.parametrize("algorithm", [hb.GPTQ(), hb.MSE()])
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_padding_does_not_count(algorithm: object, in_steps: bool) -> None:
+    tokens = torch.randint(1, 50, (6, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 3, 7, 12, 1, 9])[:, None]
+    states = []
+    for pad in (0, 49):
+        torch.manual_seed(0)
+        model = Masked()
+        with torch.no_grad():
+            model.embed.weight[0] = float("nan")
+            model.embed.weight[49] = 100.0
+            tokens = torch.where(mask & (tokens != 49), tokens, torch.where(mask, 1, pad))
+        scheme = hb.Recipe(default=hb.int_weight_only(3, group_size=16), overrides={"embed": None})
+        batches = [{"tokens": tokens, "attention_mask": mask.long()}]
+        if in_steps:
+            hb.prepare_(model, scheme, algorithms=[algorithm])  # type: ignore[list-item]
+            hb.calibrate(model, batches, progress=False)
+            hb.convert_(model, progress=False)
+        else:
+            hb.quantize_(model, scheme, data=batches, algorithms=[algorithm], progress=False)  # type: ignore[list-item]
+        states.append({key: value for key, value in model.state_dict().items() if key.startswith("linear")})
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
 
 
 def test_blocks_are_the_list_that_holds_most_layers() -> None:
@@ -259,6 +370,10 @@ def test_needs_data_and_memory_is_refused_up_front() -> None:
         hb.GPTQ(group_scales="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping"):
         hb.GPTQ(damping=-1.0)
+    with pytest.raises(ValueError, match="error_feedback"):
+        hb.GPTQ(error_feedback=2.0)
+    with pytest.raises(ValueError, match="polish"):
+        hb.GPTQ(polish=-1)
 
 
 def test_factor_and_damping() -> None:

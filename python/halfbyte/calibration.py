@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
@@ -103,7 +104,8 @@ def run_data(
     with evaluating(model):
         for batch in track(data, "calibrating", total=total, enabled=progress):
             try:
-                run(model, batch)
+                with without_padding(batch):
+                    run(model, batch)
             except QuantizationError as error:
                 raise QuantizationError(f"batch {count} of the data: {error}") from error
             count += 1
@@ -114,8 +116,24 @@ def run_data(
     return count
 
 
+_tokens: ContextVar[Tensor | None] = ContextVar("tokens", default=None)
+
+
+@contextmanager
+def without_padding(batch: object) -> Iterator[None]:
+    """While a batch runs: statistics of inputs `[*mask.shape, I]` leave out where its `attention_mask` is zero."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    before = _tokens.set(mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    try:
+        yield
+    finally:
+        _tokens.reset(before)
+
+
 class InputStatistics:
     """Mean square of each input feature of a module, over all tokens seen; registered as a forward pre-hook.
+
+    Where a batch is a mapping with an `attention_mask` `[batch, tokens]`, padding does not count.
 
     Constant memory. Sums run in float64, so that millions of tokens do not drift.
     """
@@ -140,7 +158,7 @@ class InputStatistics:
         Raises:
             QuantizationError: NaN or inf among the inputs; names the module.
         """
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = self._rows(x)
         self._add(rows)
         self.tokens += rows.shape[0]
         self.batches += 1
@@ -157,6 +175,11 @@ class InputStatistics:
             self._add(rows)
             self.tokens += rows.shape[0]
         self.batches += 1
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """One row a token; padding is left out."""
+        rows, mask = x.detach().reshape(-1, x.shape[-1]), _tokens.get()
+        return rows if mask is None or mask.shape != x.shape[:-1] else rows[mask.reshape(-1)]
 
     def _add(self, rows: Tensor) -> None:
         squares = rows.float().square().sum(dim=0, dtype=torch.float64)

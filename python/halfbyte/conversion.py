@@ -154,7 +154,9 @@ def _round_in_order(
         return rounded
 
     names = [name for name, statistics in preparation.statistics.items() if isinstance(statistics, InputHessian)]
-    round_in_order(model, names, batches, round_layer, forward=forward, progress=progress)
+    rounding = preparation.hessian_rounding
+    drift = rounding is not None and rounding.needs_drift
+    round_in_order(model, names, batches, round_layer, forward=forward, drift=drift, progress=progress)
     preparation.batches += len(batches)
     return results
 

@@ -1,4 +1,9 @@
-"""Second moments of a layer's inputs, `H = mean(x x^T)`, and the triangular factor that GPTQ rounds with."""
+"""Second moments of a layer's inputs, `H = mean(x x^T)`, and the triangular factor that GPTQ rounds with.
+
+Where layers before it are quantized already, a layer gets x instead of the float model's y. What it should make of x is what
+the float layer makes of y: in the least-squares sense the weight `W* = W G H^-1` with `G = mean(y x^T)`. Kept is the drift
+`D = G - H = mean((y - x) x^T)`, which is small.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,13 @@ _LARGEST_DAMPING = 1e6
 class InputHessian(InputStatistics):
     """`H` of a module's inputs over all tokens seen; registered as a forward pre-hook.
 
-    Holds `4 I^2` bytes: the lower triangle in float64.
+    Holds `4 I^2` bytes: the lower triangle in float64; the drift, where there is one, takes twice as many.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._tiles: Tensor | None = None
+        self._drift: Tensor | None = None
         self._features = 0
 
     def _add(self, rows: Tensor) -> None:
@@ -31,6 +37,24 @@ class InputHessian(InputStatistics):
             self._features = rows.shape[1]
             self._tiles = ops.hessian_tiles(self._features)
         ops.hessian_update_(self._tiles, rows if rows.dtype in _FLOAT_DTYPES else rows.float())
+
+    def update_drift(self, x: Tensor, float_x: Tensor) -> None:
+        """Adds to the drift of a batch `[..., I]` that `update` was given.
+
+        Args:
+            x: The inputs that the quantized layers before produce.
+            float_x: Those of the float model, of the same shape.
+
+        Raises:
+            QuantizationError: NaN or inf among the inputs of the float model.
+        """
+        rows, float_rows = self._rows(x), self._rows(float_x)
+        if not torch.isfinite(float_rows).all():
+            raise self._not_finite()
+        if self._drift is None:
+            self._drift = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        rows = rows if rows.dtype in _FLOAT_DTYPES else rows.float()
+        ops.cross_hessian_update_(self._drift, (float_rows - rows).to(rows.dtype), rows)
 
     @property
     def mean_square(self) -> Tensor:
@@ -47,10 +71,51 @@ class InputHessian(InputStatistics):
             raise self._never_ran()
         return ops.hessian_matrix(self._tiles, self._features).div_(self.tokens)
 
+    def discard_drift(self) -> None:
+        """As if `update_drift` had never been called."""
+        self._drift = None
 
-def hessian_bytes(in_features: int) -> int:
-    """Memory that collecting and factoring one Hessian takes: sums, the matrix in float64, three copies in float32."""
-    return 24 * in_features**2
+    def drift(self) -> Tensor | None:
+        """`[I, I]` float64, or None where the float model's inputs were not given."""
+        return None if self._drift is None else self._drift / self.tokens
+
+
+def hessian_bytes(in_features: int, *, drift: bool) -> int:
+    """Memory that collecting and using one Hessian takes: sums, the matrix in float64, three copies in float32.
+
+    With a drift: its sum and its mean in float64, and one copy in float32.
+    """
+    return (44 if drift else 24) * in_features**2
+
+
+def retarget(weight: Tensor, factor: Tensor, order: Tensor, drift: Tensor, strength: float) -> Tensor:
+    """`W + strength W D H^-1`: the weight that makes of drifted inputs what `weight` makes of the float model's.
+
+    Args:
+        weight: `[O, I]`.
+        factor: `[I, I]` float32, what `reversed_cholesky(H, damping, order)` gives.
+        order: `[I]`, a permutation.
+        drift: `[I, I]`, D.
+        strength: 1 for the least-squares solution; less where tokens are few, since what was fitted to them does not all
+            hold for others.
+
+    Returns:
+        `[O, I]` float32.
+
+    Example:
+        >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> order = torch.arange(2)
+        >>> factor, _ = reversed_cholesky(h, 0.0, order)
+        >>> retarget(torch.ones(1, 2), factor, order, -0.5 * h, strength=1.0)
+        tensor([[0.5000, 0.5000]])
+    """
+    wanted = weight.float() @ drift.float()
+    # rows of wanted (R R^T)^-1 = (wanted R^-T) R^-1
+    solved = torch.linalg.solve_triangular(factor.T, wanted[:, order], upper=False, left=False)
+    solved = torch.linalg.solve_triangular(factor, solved, upper=True, left=False)
+    change = torch.empty_like(solved)
+    change[:, order] = solved
+    return weight.float() + strength * change
 
 
 def reversed_cholesky(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:

@@ -75,8 +75,10 @@ class Preparation:
             transform.check(made)
         modules = ModelInParts.of(model, made.taken_apart).modules
         inputs = [row for row in made.targets if _has_inputs(modules[row.name], made, row)]
-        hessian = bool(chosen) and isinstance(chosen[-1], HessianRounding)
-        calibration = _calibration_bytes(model, inputs, in_order=in_order) if hessian else 0
+        last = chosen[-1] if chosen else None
+        hessian = isinstance(last, HessianRounding)
+        drift = in_order and isinstance(last, HessianRounding) and last.needs_drift
+        calibration = _calibration_bytes(model, inputs, in_order=in_order, drift=drift) if hessian else 0
         calibration = max([calibration, *(transform.calibration_bytes(made) for transform in transforms)])
         staging_budget = conversion_budget(made, max_memory, calibration=calibration)
         made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
@@ -249,13 +251,13 @@ def _has_inputs(module: nn.Module, made: Plan, row: PlanRow) -> bool:
     return _observed(module, row) and row.tied_to is None and all(row.name != other.tied_to for other in made.targets)
 
 
-def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool) -> int:
+def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool, drift: bool) -> int:
     """What Hessians take: one at a time and a copy of a block where layers are calibrated in order, else all of them."""
     in_features = [row.shape[1] for row in inputs if row.shape is not None]
     if not in_features:
         return 0
     kept = section_bytes(model, [row.name for row in inputs]) if in_order else sum(4 * size**2 for size in in_features)
-    return hessian_bytes(max(in_features)) + kept
+    return hessian_bytes(max(in_features), drift=drift) + kept
 
 
 def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:

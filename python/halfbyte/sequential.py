@@ -2,12 +2,14 @@
 
 The model's repeated blocks (the layers of a transformer) are worked on one at a time, each as a copy whose weights are
 replaced as they are rounded; the model itself is only read. Memory beside it: one block, the Hessians of layers that share
-one input, and what flows from block to block for every batch.
+one input, and what flows from block to block for every batch. With `drift`, the float model's inputs of every layer are
+compared with those that it really gets: then two such flows, and every block runs twice.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +17,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from halfbyte.calibration import Forward, evaluating, run_batch
+from halfbyte.calibration import Forward, evaluating, run_batch, without_padding
 from halfbyte.convolution import ConvGeometry, ConvModule
 from halfbyte.hessian import InputHessian
 from halfbyte.progress import track
@@ -32,6 +34,7 @@ def round_in_order(
     round_layer: RoundLayer,
     *,
     forward: Forward | None = None,
+    drift: bool = False,
     progress: bool = True,
 ) -> None:
     """Calls `round_layer` for every named Linear or convolution, in the order in which they run.
@@ -44,6 +47,7 @@ def round_in_order(
         batches: Calibration data.
         round_layer: Called once a layer.
         forward: `forward(model, batch)`, for batches that are not arguments of the model.
+        drift: Also give `InputHessian.drift`.
         progress: Show progress bars on stderr.
 
     Raises:
@@ -52,22 +56,32 @@ def round_in_order(
     run = run_batch if forward is None else forward
     with evaluating(model), without_cache(model):
         blocks = find_blocks(model, names)
-        flow = _capture(model, blocks, batches, run, progress=progress) if blocks else None
+        flow = _capture(model, blocks, batches, run, drift=drift, progress=progress) if blocks else None
         if flow is None:
-            whole = _Section(copy.deepcopy(model), {name: name for name in names}, [(run, batch) for batch in batches])
+            whole = _Section(
+                module=copy.deepcopy(model),
+                reference=model if drift else None,
+                names={name: name for name in names},
+                batches=batches,
+                run=lambda module, batch, _: run(module, batches[batch]),
+            )
             whole.round(round_layer, progress=progress)
             return
         inside = tuple(block + "." for block in blocks)
         outside = [name for name in names if not name.startswith(inside)]
         for index, block in track(list(enumerate(blocks)), "quantizing blocks", enabled=progress):
-            own = {name: name[len(block) + 1 :] for name in names if name.startswith(block + ".")}
-            runs = [(_run_call, flow.call(index, batch)) for batch in range(len(batches))]
-            section = _Section(copy.deepcopy(model.get_submodule(block)), own, runs)
+            section = _Section(
+                module=copy.deepcopy(model.get_submodule(block)),
+                reference=model.get_submodule(block) if drift else None,
+                names={name: name[len(block) + 1 :] for name in names if name.startswith(block + ".")},
+                batches=batches,
+                run=functools.partial(flow.run, index),
+            )
             section.round(round_layer, progress=False)
             if outside or index + 1 < len(blocks):
-                flow.hidden = [_hidden_of(section.run(batch)) for batch in range(len(batches))]
+                flow.advance(section)
         if outside:
-            _round_outside(model, blocks[-1], outside, flow, batches, run, round_layer)
+            _round_outside(model, blocks[-1], outside, flow, batches, run, round_layer, drift=drift)
 
 
 def find_blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -93,29 +107,26 @@ def section_bytes(model: nn.Module, names: Sequence[str]) -> int:
 
 
 @dataclass(slots=True)
-class _Call:
-    """Arguments of one call of a block; the first one is what the block before it returned."""
-
-    hidden: Tensor
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-
-
-@dataclass(slots=True)
 class _Flow:
     """What flows between the blocks, by batch: the hidden states, and the other arguments of each block."""
 
     hidden: list[Tensor] = field(default_factory=list)
+    float_hidden: list[Tensor] = field(default_factory=list)
+    """Of the float model, if it flows along."""
     others: list[list[tuple[tuple[object, ...], dict[str, object]]]] = field(default_factory=list)
 
-    def call(self, block: int, batch: int) -> _Call:
-        return _Call(self.hidden[batch], *self.others[batch][block])
+    def run(self, index: int, block: nn.Module, batch: int, reference: bool) -> object:
+        """Calls the block with what the quantized blocks before it return, or (`reference`) the float ones."""
+        args, kwargs = _fresh(*self.others[batch][index])
+        hidden = (self.float_hidden if reference else self.hidden)[batch]
+        return block(hidden.clone(), *args, **kwargs)  # it may add to it in place
 
-
-def _run_call(block: nn.Module, batch: object) -> object:
-    assert isinstance(batch, _Call)
-    args, kwargs = _fresh(batch.args, batch.kwargs)
-    return block(batch.hidden, *args, **kwargs)
+    def advance(self, section: _Section) -> None:
+        """Replaces the hidden states by what the section returns."""
+        for batch in range(len(self.hidden)):
+            if section.reference is not None:
+                self.float_hidden[batch] = _hidden_of(section.run(section.reference, batch, True))
+            self.hidden[batch] = _hidden_of(section.run(section.module, batch, False))
 
 
 def _fresh(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -151,6 +162,7 @@ def _capture(
     batches: Sequence[object],
     run: Callable[[nn.Module, object], object],
     *,
+    drift: bool,
     progress: bool,
 ) -> _Flow | None:
     """Runs the float model once; None unless each block gets what the one before it returned, and each runs once."""
@@ -190,6 +202,7 @@ def _capture(
                 return None
             if len(flow.others[-1]) != len(blocks):
                 return None
+    flow.float_hidden = list(flow.hidden) if drift else []
     return flow
 
 
@@ -211,17 +224,17 @@ def _reads(module: nn.Module) -> ConvGeometry | None:
     return replace(ConvGeometry.of(module), out_channels=module.groups)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Section:
     """A copy of a block (or of the model), the layers to round in it by their names in the model, and its calls."""
 
     module: nn.Module
+    reference: nn.Module | None
+    """The original in floating point, where drift is wanted."""
     names: dict[str, str]
-    calls: Sequence[tuple[Callable[[nn.Module, object], object], object]]
-
-    def run(self, batch: int) -> object:
-        call, argument = self.calls[batch]
-        return call(self.module, argument)
+    batches: Sequence[object]
+    run: Callable[[nn.Module, int, bool], object]
+    """Runs the module on a batch, by number: on what the float model produces, or not."""
 
     def round(self, round_layer: RoundLayer, *, progress: bool) -> None:
         """Rounds layers that share an input together, in order of execution."""
@@ -258,8 +271,8 @@ class _Section:
             for name in self.names:
                 hooks.callback(self._layer(name).register_forward_pre_hook(record).remove)
             runs = 0
-            while len(stage_of) < len(self.names) and runs < len(self.calls):
-                self.run(runs)
+            while len(stage_of) < len(self.names) and runs < len(self.batches):
+                self.run(self.module, runs, False)
                 runs += 1
         for stage in stages:
             stage.tensor = None
@@ -268,20 +281,43 @@ class _Section:
         return stages + [_Stage(None, None, [name], once=False) for name in never]
 
     def _collect(self, stage: _Stage) -> InputHessian:
-        inputs = InputHessian(stage.names[0])
-
-        def stop(module: nn.Module, args: tuple[object, ...]) -> None:
-            raise _Stop
-
-        layer = self._layer(stage.names[0])
-        with ExitStack() as hooks:
-            hooks.callback(layer.register_forward_pre_hook(inputs).remove)
-            if stage.once:
-                hooks.callback(layer.register_forward_pre_hook(stop).remove)
-            for batch in range(len(self.calls)):
-                with suppress(_Stop):
-                    self.run(batch)
+        name = stage.names[0]
+        layer = self._layer(name)
+        paired = self.reference is not None and not isinstance(layer, ConvModule)  # drift is for rows of features
+        inputs = InputHessian(name)
+        for batch in range(len(self.batches)):
+            with without_padding(self.batches[batch]):
+                seen = self._inputs(self.module, name, batch, stop=stage.once)
+                for x in seen:
+                    inputs(layer, (x,))
+                if self.reference is None or not paired:
+                    continue
+                expected = self._inputs(self.reference, name, batch, stop=stage.once)
+                paired = [x.shape for x in seen] == [x.shape for x in expected]  # else tokens were routed otherwise
+                for x, float_x in zip(seen, expected, strict=False):
+                    if paired:
+                        inputs.update_drift(x, float_x)
+        if not paired:
+            inputs.discard_drift()
         return inputs
+
+    def _inputs(self, module: nn.Module, name: str, batch: int, *, stop: bool) -> list[Tensor]:
+        """What a layer gets in one batch; `stop` ends the run at its first call."""
+        seen: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[object, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.append(args[0] if stop else args[0].clone())  # which later layers may change in place
+            if stop:
+                raise _Stop
+
+        handle = module.get_submodule(self.names[name]).register_forward_pre_hook(record)
+        try:
+            with suppress(_Stop):
+                self.run(module, batch, module is self.reference)
+        finally:
+            handle.remove()
+        return seen
 
 
 def _round_outside(
@@ -292,21 +328,42 @@ def _round_outside(
     batches: Sequence[object],
     run: Callable[[nn.Module, object], object],
     round_layer: RoundLayer,
+    *,
+    drift: bool,
 ) -> None:
     """Layers before and after the blocks, such as an output head: what the last block returns is replaced."""
     inputs = {name: InputHessian(name) for name in names}
-    index = 0
+    expected: dict[str, list[Tensor]] = {name: [] for name in names}  # of the batch at work: the float model's inputs
+    hidden: Tensor | None = None
 
     def replace(module: nn.Module, args: tuple[object, ...], output: object) -> object:
-        hidden = flow.hidden[index]
+        if hidden is None:
+            return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def record(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            return
+        if hidden is None:
+            expected[name].append(args[0].clone())
+            return
+        inputs[name](module, args)
+        if drift and expected[name] and not isinstance(module, ConvModule):
+            inputs[name].update_drift(args[0], expected[name].pop(0))
 
     with ExitStack() as hooks:
         hooks.callback(model.get_submodule(last_block).register_forward_hook(replace).remove)
-        for name, hessian in inputs.items():
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hessian).remove)
-        for index, batch in enumerate(batches):  # noqa: B007, `replace` reads it
-            run(model, batch)
+        for name in names:
+            hook = functools.partial(record, name)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        for index, batch in enumerate(batches):
+            with without_padding(batch):
+                if drift:
+                    hidden = None
+                    run(model, batch)
+                hidden = flow.hidden[index]
+                run(model, batch)
+            expected = {name: [] for name in names}
     for name, hessian in inputs.items():
         round_layer(name, model.get_submodule(name), hessian)
 

@@ -207,6 +207,108 @@ def test_gptq_round_with_identity_is_round_to_nearest() -> None:
     assert torch.equal(codes, ops.quantize(weight, scale, zero, qmin=0, qmax=15, group_size=32))
 
 
+def error(weight: Tensor, h: Tensor, result: tuple[Tensor, ...], options: dict[str, object]) -> Tensor:
+    """`e H e^T` of each row, in float64."""
+    codes, scale, zero = result[:3]
+    signed = 2.0 * codes - 1 if options["symmetric"] and options["bits"] == 1 else codes.double()
+    groups = torch.arange(weight.shape[1]) // int(options["group_size"])  # type: ignore[call-overload]
+    e = weight.double() - (signed - zero[:, groups]) * scale.double()[:, groups]
+    return (e @ h * e).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "options"),
+    [
+        (50, 64, formats(4, symmetric=False)),
+        (100, 86, formats(3, symmetric=False, group_size=43)),
+        (130, 512, formats(2, symmetric=False, group_size=256)),
+        (33, 384, formats(4, symmetric=True, group_size=384)),
+        (200, 320, formats(2, symmetric=True, narrow=True, group_size=64)),
+        (1, 1, formats(4, symmetric=False, group_size=1)),
+        (48, 96, formats(1, symmetric=True)),
+        (40, 260, formats(8, symmetric=True, group_size=130)),
+    ],
+)
+def test_polish_ends_where_no_code_scale_or_zero_point_alone_is_better(
+    level: str, rows: int, inputs: int, options: dict[str, object]
+) -> None:
+    weight, h = problem(rows, inputs)
+    scale_dtype = options["scale_dtype"]
+    options = {name: value for name, value in options.items() if name != "scale_dtype"}
+    rounded = ops.gptq_round(weight, reversed_factor(h).float(), scale_dtype=scale_dtype, **options)[:3]  # type: ignore[arg-type]
+    before = error(weight, h, rounded, options)
+    codes_only = ops.gptq_polish(weight, h.float(), *rounded, refit=False, **options)  # type: ignore[arg-type]
+    assert torch.equal(codes_only[1], rounded[1]) and torch.equal(codes_only[2], rounded[2])
+    once = ops.gptq_polish(weight, h.float(), *rounded, sweeps=1, **options)  # type: ignore[arg-type]
+    result = ops.gptq_polish(weight, h.float(), *rounded, sweeps=1000, **options)  # type: ignore[arg-type]
+    losses = [error(weight, h, x, options) for x in (codes_only, once, result)]
+    slack = 1e-5 * before + 1e-9
+    assert (losses[0] <= before + slack).all() and (losses[1] <= before + slack).all()
+    assert (losses[2] <= losses[1] + slack).all()
+    if inputs > 1 and options["bits"] != 8:
+        assert losses[2].sum() < 0.97 * before.sum()
+    codes, scale, zero = result
+    assert codes.dtype == rounded[0].dtype and scale.dtype == scale_dtype
+    # Every neighbour of the result, in float64.
+    group_size = int(options["group_size"])  # type: ignore[call-overload]
+    binary = options["bits"] == 1
+    low, high = (-(2 ** (int(options["bits"]) - 1)), 2 ** (int(options["bits"]) - 1) - 1)  # type: ignore[call-overload]
+    low, high = (low + bool(options["narrow_range"]), high) if options["symmetric"] else (0, high - low)
+    low, high = (0, 1) if binary else (low, high)
+    slack = 1e-4 * losses[2] + 1e-7 * before.max()
+    for column in range(0, inputs, max(1, inputs // 40)):
+        for step in (-1, 1):
+            moved = codes.clone()
+            moved[:, column] = (moved[:, column].int() + step).clamp(low, high).to(codes.dtype)
+            assert (error(weight, h, (moved, scale, zero), options) >= losses[2] - slack).all()
+    for group in range(inputs // group_size):
+        for factor in (0.99, 1.01):
+            other = scale.float().clone()
+            other[:, group] *= factor
+            assert (error(weight, h, (codes, other, zero), options) >= losses[2] - slack).all()
+        for step in (-1, 1) if not options["symmetric"] else ():
+            other = zero.clone()
+            other[:, group] = (other[:, group] + step).clamp(0, high)
+            assert (error(weight, h, (codes, scale, other), options) >= losses[2] - slack).all()
+    assert all(
+        torch.equal(a, b) for a, b in zip(ops.gptq_polish(weight, h.float(), *result, **options), result, strict=True)
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("restore_level", "restore_threads")
+def test_polish_is_equal_for_threads_rows_and_fused_levels() -> None:
+    weight, h = problem(500, 256)
+    options = {"bits": 3, "symmetric": False, "group_size": 32}
+    rounded = ops.gptq_round(weight, reversed_factor(h).float(), **options)[:3]  # type: ignore[arg-type]
+    results = []
+    for level in FUSED:
+        set_cpu_capability(level)
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(ops.gptq_polish(weight, h.float(), *rounded, **options))  # type: ignore[arg-type]
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    alone = ops.gptq_polish(weight[77:90], h.float(), *(x[77:90] for x in rounded), **options)  # type: ignore[arg-type]
+    assert all(torch.equal(a[77:90], b) for a, b in zip(results[0], alone, strict=True))
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "features"), [(0, 5), (1, 1), (130, 47), (4100, 200), (50, 800)])
+def test_cross_hessian_equals_float64_product(level: str, tokens: int, features: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(tokens, features, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        matrix = torch.ones(features, features, dtype=torch.float64)
+        ops.cross_hessian_update_(matrix, y, x)
+        results.append(matrix)
+    assert torch.equal(*results)
+    bound = y.double().abs().T @ x.double().abs() * 2.0**-24 * 64 + 1e-12
+    assert ((results[0] - 1 - y.double().T @ x.double()).abs() <= bound).all()
+
+
 def test_gptq_operators_reject_what_does_not_fit() -> None:
     weight, factor = torch.randn(4, 64), torch.eye(64)
     options = {"bits": 4, "symmetric": False, "group_size": 32}
@@ -220,6 +322,17 @@ def test_gptq_operators_reject_what_does_not_fit() -> None:
         ops.gptq_round(weight, factor, scale=torch.ones(4, 2), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="hessian_tiles"):
         ops.hessian_update_(ops.hessian_tiles(48), torch.randn(2, 49))
+    rounded = (torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="hessian has shape"):
+        ops.gptq_polish(weight, torch.eye(63), *rounded, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="codes has dtype"):
+        ops.gptq_polish(weight, factor, rounded[0].view(torch.int8), *rounded[1:], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="zero_point"):
+        ops.gptq_polish(weight, factor, *rounded[:2], rounded[2][:3], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="for both"):
+        ops.cross_hessian_update_(torch.zeros(3, 3).double(), torch.ones(2, 3), torch.ones(3, 3))
+    with pytest.raises(ValueError, match="matrix has shape"):
+        ops.cross_hessian_update_(torch.zeros(2, 3).double(), torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(TypeError, match="dtype"):
         ops.hessian_update_(ops.hessian_tiles(48), torch.zeros(2, 48, dtype=torch.int32))
 
@@ -232,3 +345,10 @@ def test_gptq_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.halfbyte.hessian_matrix.default, (tiles, 64))
     arguments = (weight, factor, order, None, None, None, 4, False, False, 32, 8, 0.5, torch.float16)
     torch.library.opcheck(torch.ops.halfbyte.gptq_round.default, arguments)
+    matrix = torch.zeros(64, 64, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.halfbyte.cross_hessian_update_.default, (matrix, torch.randn(5, 64), torch.randn(5, 64))
+    )
+    codes, scale, zero_point, _ = ops.gptq_round(weight, factor, bits=4, symmetric=False, group_size=32)
+    polish = (weight, h.float(), codes, scale, zero_point, 4, False, False, 32, 2, True, torch.float32)
+    torch.library.opcheck(torch.ops.halfbyte.gptq_polish.default, polish)

@@ -11,6 +11,9 @@
 // and rounding it adds (target[k] - w_hat[k])^2 * R[k, k]^2 to the quadratic loss. The textbook's upper factor of H^-1
 // is R^-1: the same numbers, but no inverse is needed (LDLQ, Chee et al. 2023, arXiv:2307.13304).
 //
+// Polish. With e = w - w_hat, the gradient e H says what every column would gain alone. Sweeps over the columns take
+// the best code of each given all others, then the best scale and zero point of each group: e H e^T never grows.
+//
 // Order of arithmetic: fixed by sizes alone, so results do not depend on threads or on which rows go together. The
 // levels with fused multiply-add (avx2 and above) give equal bits; the scalar level rounds products too.
 #pragma once
@@ -31,11 +34,13 @@ static constexpr int64_t hessian_tiles(int64_t features) {
   return panels * (panels + 1) / 2;
 }
 
-// Tokens [0, tokens) of row-major x; tokens <= kTokenChunk.
+// Tokens [0, tokens) of row-major x; tokens <= kTokenChunk. With y, of the same shape, the sum is y^T x, a full
+// row-major matrix [features, features].
 struct HessianInput {
   const void* x;
   FloatType type;
   int64_t tokens, features;
+  const void* y = nullptr;
 };
 
 // Tiles (i, j) with row_begin <= i < row_end and column_begin <= j < column_end (panels, at most kPanelsPerBlock each).
@@ -80,14 +85,38 @@ static constexpr int64_t feedback_offset(int64_t panel) {
   return kFeedbackColumns * kFeedbackColumns * (panel * (panel + 1) / 2);
 }
 
+// Columns that the polish works on together: a group, or as many whole groups as kRoundBlock holds. A range takes
+// round_up(polish_range, kFeedbackColumns) slots, the last one fewer.
+static constexpr int64_t polish_range(int64_t group_size) {
+  return group_size > kRoundBlock ? group_size : kRoundBlock / group_size * group_size;
+}
+
+struct PolishProblem {
+  const void* weight;  // [rows, columns]
+  FloatType weight_type;
+  int64_t rows, columns;
+  const float* hessian;  // in panels of kFeedbackColumns slots; a panel has all rows of H, one after another
+  int64_t group_size;
+  SearchOptions options;  // which codes there are, and how scales are stored
+  int sweeps;
+  bool refit;           // scales and zero points too
+  float* scale;         // [rows, groups]; all three are read and written
+  int32_t* zero_point;  // [rows, groups]
+  uint8_t* codes;       // [rows, columns]
+};
+
 struct GptqKernels {
-  // Adds the products of the tokens to the tiles of one block. scratch: hessian_scratch floats, 64-byte aligned.
+  // Adds the products of the tokens to the tiles (with y: to the matrix) of one block. scratch: hessian_scratch floats,
+  // 64-byte aligned.
   void (*hessian_block)(const HessianInput& input, const PanelBlock& block, double* tiles, float* scratch);
   int64_t hessian_scratch;
   // Rounds rows [row_begin, row_end), row_begin a multiple of kPanelWidth, at most kRoundPanels * kPanelWidth rows.
   // scratch: round_scratch(problem, rows) bytes, 64-byte aligned.
   void (*round_rows)(const RoundProblem& problem, int64_t row_begin, int64_t row_end, void* scratch);
   int64_t (*round_scratch)(const RoundProblem& problem, int64_t rows);
+  // The same for the polish.
+  void (*polish_rows)(const PolishProblem& problem, int64_t row_begin, int64_t row_end, void* scratch);
+  int64_t (*polish_scratch)(const PolishProblem& problem, int64_t rows);
 };
 
 }  // namespace halfbyte

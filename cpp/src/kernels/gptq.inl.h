@@ -6,16 +6,11 @@
 // several panels, so that a chunk of factors read from memory serves them all. Inside a block a slot's error goes at
 // once to the slots after it: 128^2 / 2 * 3 vectors a panel and block, bound by stores.
 #pragma once
-#include "elementwise.inl.h"
-#include "syrk.inl.h"
+#include "polish.inl.h"
 
 namespace halfbyte {
 namespace {
 namespace gptq {
-
-namespace e = elementwise;
-constexpr int64_t kPanelLanes = kPanelWidth / e::kLanes;
-static_assert(kPanelWidth % e::kLanes == 0);
 
 // Everything a task needs beside the problem, carved out of its scratch.
 struct RoundScratch {
@@ -49,18 +44,6 @@ struct RoundScratch {
     codes = reinterpret_cast<uint8_t*>(take(kRoundBlock * kPanelWidth, 1));
   }
 };
-
-// The codes of the format, as floats.
-struct CodeLimits {
-  float lowest, highest;
-  bool binary;
-};
-
-inline CodeLimits code_limits(const SearchOptions& options) {
-  const float half = static_cast<float>(1 << (options.bits - 1));
-  if (!options.symmetric) return {0.f, 2.f * half - 1.f, false};
-  return {options.narrow_range ? 1.f - half : -half, half - 1.f, options.bits == 1 && options.codebook == nullptr};
-}
 
 // One panel of a task: rows [row, row + rows) of the weight, rows <= 48; past them weights are zero.
 struct Panel {
@@ -106,13 +89,6 @@ inline void feed_back(const RoundProblem& p, const Panel* panels, int64_t panel_
 
 inline float feedback_factor(const RoundProblem& p, int64_t from, int64_t to) {
   return p.feedback[feedback_offset(to / kFeedbackColumns) + from * kFeedbackColumns + to % kFeedbackColumns];
-}
-
-// values[48] += factor * errors[48]
-inline void add_scaled(float factor, const float* errors, float* values) {
-  for (int64_t i = 0; i < kPanelWidth; i += kWidth) {
-    store_vector(values + i, multiply_add(repeat(factor), load_vector(errors + i), load_vector(values + i)));
-  }
 }
 
 // Chooses the scale of the group whose first slot is `first`, for every row of the panel. The weights to be covered are
@@ -251,6 +227,9 @@ constexpr GptqKernels gptq_kernels() {
       .hessian_scratch = gptq::kHessianScratch,
       .round_rows = gptq::round_rows,
       .round_scratch = [](const RoundProblem& p, int64_t rows) { return gptq::RoundScratch(p, rows, nullptr).bytes; },
+      .polish_rows = gptq::polish_rows,
+      .polish_scratch = [](const PolishProblem& p,
+                           int64_t rows) { return gptq::PolishScratch(p, rows, nullptr).bytes; },
   };
 }
 

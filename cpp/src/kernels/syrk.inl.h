@@ -94,10 +94,10 @@ constexpr int64_t kHessianScratch = kPanelsPerBlock * kPanelsPerBlock * kTile + 
 // Tokens [begin, begin + count) of panels [panel_begin, panel_end), as [panel][token][48] floats, zero past the last
 // feature.
 template <FloatType Type>
-inline void pack_panels(const HessianInput& input, int64_t begin, int64_t count, int64_t panel_begin, int64_t panel_end,
-                        float* packed) {
+inline void pack_panels(const HessianInput& input, const void* rows, int64_t begin, int64_t count, int64_t panel_begin,
+                        int64_t panel_end, float* packed) {
   namespace e = elementwise;
-  const auto* x = static_cast<const e::Element<Type>*>(input.x) + begin * input.features;
+  const auto* x = static_cast<const e::Element<Type>*>(rows) + begin * input.features;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel, packed += kPanelFloats) {
     const int64_t first = panel * kPanelWidth;
     const int64_t width = std::min(kPanelWidth, input.features - first);
@@ -117,11 +117,12 @@ inline void hessian_block(const HessianInput& input, const PanelBlock& block, do
   float* sums = scratch;
   float* left = sums + kPanelsPerBlock * kPanelsPerBlock * kTile;
   float* right = left + kPanelsPerBlock * kPanelFloats;
-  const bool diagonal = block.row_begin == block.column_begin;
+  const bool symmetric = input.y == nullptr, diagonal = symmetric && block.row_begin == block.column_begin;
   std::memset(sums, 0, sizeof(float) * kPanelsPerBlock * kPanelsPerBlock * kTile);
   const auto for_each_tile = [&](auto f) {
     for (int64_t i = block.row_begin; i < block.row_end; ++i) {
-      for (int64_t j = block.column_begin; j < std::min(block.column_end, i + 1); ++j) {
+      for (int64_t j = block.column_begin; j < (symmetric ? std::min(block.column_end, i + 1) : block.column_end);
+           ++j) {
         const int64_t row = i - block.row_begin, column = j - block.column_begin;
         f(i, j, row, column, sums + (row * kPanelsPerBlock + column) * kTile);
       }
@@ -129,8 +130,8 @@ inline void hessian_block(const HessianInput& input, const PanelBlock& block, do
   };
   for (int64_t begin = 0; begin < input.tokens; begin += kDepth) {
     const int64_t count = std::min(kDepth, input.tokens - begin);
-    pack_panels<Type>(input, begin, count, block.row_begin, block.row_end, left);
-    if (!diagonal) pack_panels<Type>(input, begin, count, block.column_begin, block.column_end, right);
+    pack_panels<Type>(input, symmetric ? input.x : input.y, begin, count, block.row_begin, block.row_end, left);
+    if (!diagonal) pack_panels<Type>(input, input.x, begin, count, block.column_begin, block.column_end, right);
     for_each_tile([&](int64_t, int64_t, int64_t row, int64_t column, float* sum) {
       const float* a = left + row * kPanelFloats;
       const float* b = (diagonal ? left : right) + column * kPanelFloats;
@@ -140,6 +141,17 @@ inline void hessian_block(const HessianInput& input, const PanelBlock& block, do
     });
   }
   for_each_tile([&](int64_t i, int64_t j, int64_t, int64_t, const float* sum) {
+    if (!symmetric) {
+      const int64_t rows = std::min(kPanelWidth, input.features - i * kPanelWidth);
+      const int64_t columns = std::min(kPanelWidth, input.features - j * kPanelWidth);
+      double* total = tiles + i * kPanelWidth * input.features + j * kPanelWidth;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+          total[r * input.features + c] += static_cast<double>(sum[r * kPanelWidth + c]);
+        }
+      }
+      return;
+    }
     double* total = tiles + (i * (i + 1) / 2 + j) * kTile;
     for (int64_t n = 0; n < kTile; ++n) total[n] += static_cast<double>(sum[n]);
   });

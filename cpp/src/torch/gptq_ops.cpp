@@ -1,30 +1,14 @@
-// hessian_update_, hessian_matrix, gptq_round: checks, the order of the columns, the factors as the kernel reads them,
-// threads.
+// hessian_update_, cross_hessian_update_, hessian_matrix, gptq_round: checks, the order of the columns, the factors as
+// the kernel reads them, threads.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned_scratch.h"
 #include "halfbyte/dispatch.h"
 #include "tensor_checks.h"
 
 namespace halfbyte::ops {
 namespace {
-
-// Uninitialised bytes that start on a cache line.
-class AlignedScratch {
- public:
-  explicit AlignedScratch(int64_t bytes)
-      : memory_(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 1)), std::align_val_t{64})) {}
-  AlignedScratch(const AlignedScratch&) = delete;
-  AlignedScratch& operator=(const AlignedScratch&) = delete;
-  ~AlignedScratch() { ::operator delete(memory_, std::align_val_t{64}); }
-  void* get() const { return memory_; }
-  float* floats() const { return static_cast<float*>(memory_); }
-
- private:
-  void* memory_;
-};
 
 void check_tiles(const Tensor& tiles, int64_t features) {
   check_type(tiles, ScalarType::Double, "tiles");
@@ -89,6 +73,37 @@ void hessian_update_(Tensor tiles, Tensor x) {
       for (int64_t first = 0; first < tokens; first += kTokenChunk) {
         const HessianInput input = {in + first * row_bytes, type, std::min(kTokenChunk, tokens - first), features};
         kernel.hessian_block(input, blocks[static_cast<size_t>(b)], sums, scratch.floats());
+      }
+    }
+  });
+}
+
+void cross_hessian_update_(Tensor matrix, Tensor y, Tensor x) {
+  const FloatType type = float_type(x, "x");
+  check(x.dim() == 2 && x.size(1) >= 1, "x has ", x.dim(), " dimensions, not two, or no features");
+  const int64_t tokens = x.size(0), features = x.size(1);
+  check_type(y, x.scalar_type(), "y");
+  check_matrix(y, "y", tokens, features);
+  check_type(matrix, ScalarType::Double, "matrix");
+  check_matrix(matrix, "matrix", features, features);
+  check(matrix.is_contiguous(), "matrix is not contiguous");
+  const Tensor left = as_contiguous(y), right = as_contiguous(x);
+  const int64_t panels = ceil_div(features, kPanelWidth), side = panels_per_block(panels);
+  const int64_t blocks = ceil_div(panels, side);
+  const GptqKernels& kernel = kernels().gptq;
+  const auto* left_rows = static_cast<const char*>(left.const_data_ptr());
+  const auto* right_rows = static_cast<const char*>(right.const_data_ptr());
+  auto* sums = static_cast<double*>(matrix.mutable_data_ptr());
+  const int64_t row_bytes = features * (type == FloatType::kFloat32 ? 4 : 2);
+  parallel_for(blocks * blocks, 1, [&](int64_t begin, int64_t end) {
+    const AlignedScratch scratch(kernel.hessian_scratch * static_cast<int64_t>(sizeof(float)));
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t i = b / blocks * side, j = b % blocks * side;
+      const PanelBlock block = {i, std::min(i + side, panels), j, std::min(j + side, panels)};
+      for (int64_t first = 0; first < tokens; first += kTokenChunk) {
+        const HessianInput input = {right_rows + first * row_bytes, type, std::min(kTokenChunk, tokens - first),
+                                    features, left_rows + first * row_bytes};
+        kernel.hessian_block(input, block, sums, scratch.floats());
       }
     }
   });

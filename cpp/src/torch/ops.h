@@ -85,6 +85,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
                                                       torch::headeronly::ScalarType scale_dtype,
                                                       OptionalTensor codebook);
 
+void cross_hessian_update_(Tensor matrix, Tensor y, Tensor x);
+
+// polish_ops.cpp
+std::tuple<Tensor, Tensor, Tensor> gptq_polish(Tensor weight, Tensor hessian, Tensor codes, Tensor scale,
+                                               Tensor zero_point, int64_t bits, bool symmetric, bool narrow_range,
+                                               int64_t group_size, int64_t sweeps, bool refit,
+                                               torch::headeronly::ScalarType scale_dtype);
+
 // recurrent_ops.cpp: `cell` is a Cell of recurrent.h; the last result is the cell state, empty where there is none. The
 // state of one step is an LSTM's cell state or a GRU's hidden state. `proj_*`: an LSTM's projection, if it has one.
 std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, OptionalTensor c0, Tensor qweight, Tensor scale,

@@ -57,6 +57,11 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "gptq_round(Tensor weight, Tensor factor, Tensor order, Tensor? scale, Tensor? zero_point, Tensor? importance, "
       "int bits, bool symmetric, bool narrow_range, int group_size, int grid, float max_shrink, ScalarType "
       "scale_dtype, Tensor? codebook=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cross_hessian_update_(Tensor(a!) matrix, Tensor y, Tensor x) -> ()");
+  m.def(
+      "gptq_polish(Tensor weight, Tensor hessian, Tensor codes, Tensor scale, Tensor zero_point, int bits, bool "
+      "symmetric, bool narrow_range, int group_size, int sweeps, bool refit, ScalarType scale_dtype) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "recurrent(Tensor x_gates, Tensor h0, Tensor? c0, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? "
       "bias, "
@@ -97,6 +102,8 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("hessian_update_", TORCH_BOX(&hessian_update_));
   m.impl("hessian_matrix", TORCH_BOX(&hessian_matrix));
   m.impl("gptq_round", TORCH_BOX(&gptq_round));
+  m.impl("cross_hessian_update_", TORCH_BOX(&cross_hessian_update_));
+  m.impl("gptq_polish", TORCH_BOX(&gptq_polish));
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("recurrent_cell", TORCH_BOX(&recurrent_cell));
   m.impl("embedding_bag_weight_only", TORCH_BOX(&embedding_bag_weight_only));

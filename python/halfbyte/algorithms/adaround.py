@@ -65,6 +65,11 @@ class AdaRound:
         """Always."""
         return True
 
+    @property
+    def needs_drift(self) -> bool:
+        """Never."""
+        return False
+
     def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
         return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)

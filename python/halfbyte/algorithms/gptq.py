@@ -1,13 +1,14 @@
 """GPTQ: columns are rounded one after another, and each makes up for the errors of those before it.
 
 Frantar et al. 2023 (arXiv:2210.17323), in the form of Chee et al. 2023 (arXiv:2307.13304, LDLQ), which gives the same
-numbers from one Cholesky factorisation and no inverse.
+numbers from one Cholesky factorisation and no inverse. Before it, the target is corrected for what the quantized layers before
+this one changed; after it, coordinate descent lowers the error further.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from halfbyte.algorithms.rounding import MSE, RoundedLayer
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import CodebookFormat, IntFormat, PackedFormat, PerTensor
-from halfbyte.hessian import InputHessian, reversed_cholesky
+from halfbyte.hessian import InputHessian, retarget, reversed_cholesky
 from halfbyte.nn.packed_weight import WeightCodes
 
 
@@ -35,6 +36,12 @@ class GPTQ:
             not depend on it. With dynamic scales, groups and the columns within each are ordered.
         group_scales: "static" chooses all scales on the original weights, "dynamic" each group's when its turn comes, on the
             weights as the errors so far have shifted them.
+        error_feedback: How far a layer aims at what the float layer makes of the float model's inputs, while its own come from
+            quantized layers: 0 not at all (textbook GPTQ), 1 at the least-squares solution, which follows the calibration data
+            most closely. Every block then runs twice, in floating point as well. Only `quantize_` knows both inputs: with
+            `prepare_` there is nothing to correct.
+        polish: Sweeps of coordinate descent over codes, scales and zero points, at most (`hb.ops.gptq_polish`); none accepts
+            anything that makes the layer's error larger. 0 is textbook GPTQ. Codebooks are not polished.
         grid, max_shrink: Range search of the scales, as in `MSE`; `grid=1` takes min to max.
 
     Example:
@@ -48,6 +55,8 @@ class GPTQ:
     damping: float = 0.01
     act_order: bool = True
     group_scales: Literal["static", "dynamic"] = "dynamic"
+    error_feedback: float = 0.5
+    polish: int = 4
     grid: int = 64
     max_shrink: float = 0.8
 
@@ -56,12 +65,21 @@ class GPTQ:
             raise ValueError(f"damping={self.damping} is not in [0, 1000); use e.g. 0.01")
         if self.group_scales not in ("static", "dynamic"):
             raise ValueError(f"group_scales={self.group_scales!r} is unknown; use 'static' or 'dynamic'")
+        if not 0.0 <= self.error_feedback <= 1.0:
+            raise ValueError(f"error_feedback={self.error_feedback} is not in [0, 1]; use e.g. 0.5, or 0 for none")
+        if isinstance(self.polish, bool) or not isinstance(self.polish, int) or self.polish < 0:
+            raise ValueError(f"polish={self.polish!r} is not a number of sweeps; use e.g. 4, or 0 for none")
         MSE(grid=self.grid, max_shrink=self.max_shrink)
 
     @property
     def needs_data(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def needs_drift(self) -> bool:
+        """With error feedback."""
+        return self.error_feedback > 0
 
     def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
@@ -85,43 +103,23 @@ class GPTQ:
         # Damped like the Hessian itself: columns that were never seen keep a say in the range.
         diagonal = hessian.diagonal()
         importance = (diagonal + self.damping * diagonal.mean()).float()
-        group_size = weight_format.group_size(in_features)
-        order = self._order(importance, group_size)
+        order = self._order(importance, weight_format.group_size(in_features))
         factor, damping = reversed_cholesky(hessian, self.damping, order)
-        del hessian, diagonal
-        narrow_range = isinstance(weight_format, IntFormat) and weight_format.narrow_range
-        entries = weight_format.entries() if isinstance(weight_format, CodebookFormat) else None
-        static = None
-        if self.group_scales == "static":
-            static = ops.search_qparams(
+        drift = inputs.drift() if self.needs_drift else None
+        if drift is not None:
+            weight = retarget(weight, factor, order, drift, self.error_feedback)
+        codes, scale, zero_point = self._feed_back(weight, weight_format, factor, order, importance)
+        if self.polish and isinstance(weight_format, IntFormat):
+            hessian.diagonal().add_(damping * hessian.diagonal().mean())
+            codes, scale, zero_point = ops.gptq_polish(
                 weight,
-                importance,
-                bits=weight_format.bits,
-                symmetric=weight_format.symmetric,
-                narrow_range=narrow_range,
-                group_size=group_size,
-                grid=self.grid,
-                max_shrink=self.max_shrink,
-                scale_dtype=weight_format.scale_dtype,
-                codebook=entries,
+                hessian.float(),
+                codes,
+                scale,
+                zero_point,
+                sweeps=self.polish,
+                **_format(weight_format, in_features),
             )
-        codes, scale, zero_point, _ = ops.gptq_round(
-            weight,
-            factor,
-            bits=weight_format.bits,
-            symmetric=weight_format.symmetric,
-            narrow_range=narrow_range,
-            group_size=group_size,
-            order=order,
-            scale=None if static is None else static[0],
-            zero_point=None if static is None else static[1],
-            # What an error of a column adds to the loss once later ones have made up for it.
-            importance=torch.empty_like(importance).scatter_(0, order, factor.diagonal().square()),
-            grid=self.grid,
-            max_shrink=self.max_shrink,
-            scale_dtype=weight_format.scale_dtype,
-            codebook=entries,
-        )
         fallbacks: tuple[Fallback, ...] = ()
         if damping != self.damping:
             message = f"its Hessian could not be factored with damping={self.damping:g}: {damping:g} is used"
@@ -129,6 +127,32 @@ class GPTQ:
         zero = None if weight_format.symmetric else zero_point.to(torch.uint8)
         table = weight_format.table() if isinstance(weight_format, CodebookFormat) else None
         return RoundedLayer(WeightCodes(codes, scale, zero, table), fallbacks)
+
+    def _feed_back(
+        self, weight: Tensor, weight_format: PackedFormat, factor: Tensor, order: Tensor, importance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """GPTQ itself: codes, scales and zero points."""
+        options = _format(weight_format, weight.shape[1])
+        search: _Search = {
+            "grid": self.grid,
+            "max_shrink": self.max_shrink,
+            "scale_dtype": weight_format.scale_dtype,
+            "codebook": weight_format.entries() if isinstance(weight_format, CodebookFormat) else None,
+        }
+        scale = zero_point = None
+        if self.group_scales == "static":
+            scale, zero_point, _ = ops.search_qparams(weight, importance, **options, **search)
+        return ops.gptq_round(
+            weight,
+            factor,
+            order=order,
+            scale=scale,
+            zero_point=zero_point,
+            # What an error of a column adds to the loss once later ones have made up for it.
+            importance=torch.empty_like(importance).scatter_(0, order, factor.diagonal().square()),
+            **options,
+            **search,
+        )[:3]
 
     def _order(self, importance: Tensor, group_size: int) -> Tensor:
         if not self.act_order:
@@ -139,3 +163,26 @@ class GPTQ:
         within = torch.argsort(grouped, dim=1, descending=True, stable=True)
         groups = torch.argsort(grouped.mean(dim=1), descending=True, stable=True)
         return (within + torch.arange(len(grouped))[:, None] * group_size)[groups].reshape(-1)
+
+
+class _Format(TypedDict):
+    bits: int
+    symmetric: bool
+    narrow_range: bool
+    group_size: int
+
+
+class _Search(TypedDict):
+    grid: int
+    max_shrink: float
+    scale_dtype: torch.dtype
+    codebook: Tensor | None
+
+
+def _format(weight_format: PackedFormat, in_features: int) -> _Format:
+    return {
+        "bits": weight_format.bits,
+        "symmetric": weight_format.symmetric,
+        "narrow_range": isinstance(weight_format, IntFormat) and weight_format.narrow_range,
+        "group_size": weight_format.group_size(in_features),
+    }

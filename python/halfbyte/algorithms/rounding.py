@@ -51,6 +51,11 @@ class HessianRounding(Rounding, Protocol):
     Its `round` is called for what has no such inputs: tables.
     """
 
+    @property
+    def needs_drift(self) -> bool:
+        """Whether the float model's inputs are compared with those that the quantized layers before produce."""
+        ...
+
     def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
         """Integers and qparams of a weight.
 

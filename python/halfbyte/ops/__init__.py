@@ -4,7 +4,14 @@ from halfbyte.ops.conv import conv_int8, conv_weight_only
 from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
 from halfbyte.ops.embedding import embedding_weight_only
 from halfbyte.ops.embedding_bag import BagMode, embedding_bag_weight_only
-from halfbyte.ops.gptq import gptq_round, hessian_matrix, hessian_tiles, hessian_update_
+from halfbyte.ops.gptq import (
+    cross_hessian_update_,
+    gptq_polish,
+    gptq_round,
+    hessian_matrix,
+    hessian_tiles,
+    hessian_update_,
+)
 from halfbyte.ops.histogram import grow_histogram, histogram_update_, search_histogram
 from halfbyte.ops.learned import fake_quantize_learned
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
@@ -18,11 +25,13 @@ __all__ = [
     "Projection",
     "conv_int8",
     "conv_weight_only",
+    "cross_hessian_update_",
     "dequantize",
     "embedding_bag_weight_only",
     "embedding_weight_only",
     "fake_quantize",
     "fake_quantize_learned",
+    "gptq_polish",
     "gptq_round",
     "grow_histogram",
     "hessian_matrix",

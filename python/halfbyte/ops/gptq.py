@@ -8,13 +8,15 @@ from torch import Tensor
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook_entries, check_float, check_group_size
 
-__all__ = ["gptq_round", "hessian_matrix", "hessian_tiles", "hessian_update_"]
+__all__ = ["cross_hessian_update_", "gptq_polish", "gptq_round", "hessian_matrix", "hessian_tiles", "hessian_update_"]
 
 _PANEL = 48  # kPanelWidth of gptq.h
 
 _hessian_update_ = torch.ops.halfbyte.hessian_update_.default
 _hessian_matrix = torch.ops.halfbyte.hessian_matrix.default
+_cross_hessian_update_ = torch.ops.halfbyte.cross_hessian_update_.default
 _gptq_round = torch.ops.halfbyte.gptq_round.default
+_gptq_polish = torch.ops.halfbyte.gptq_polish.default
 
 
 def hessian_tiles(features: int) -> Tensor:
@@ -67,6 +69,37 @@ def hessian_update_(tiles: Tensor, x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; use [tokens, features] (x.flatten(0, -2) makes it)")
     _check_tiles(tiles, x.shape[1])
     _hessian_update_(tiles, x.detach())
+
+
+def cross_hessian_update_(matrix: Tensor, y: Tensor, x: Tensor) -> None:
+    """Adds `y^T x` of some tokens, summed as `hessian_update_` does.
+
+    Args:
+        matrix: `[I, I]` float64, contiguous.
+        y, x: `[N, I]`, one row a token; both float32, bfloat16 or float16.
+
+    Raises:
+        TypeError: Wrong dtype.
+        ValueError: Shapes do not fit.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> matrix = torch.zeros(2, 2, dtype=torch.float64)
+        >>> hb.ops.cross_hessian_update_(matrix, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]]))
+        >>> matrix
+        tensor([[3., 0.],
+                [6., 0.]], dtype=torch.float64)
+    """
+    check_float(x, "x")
+    if y.dtype is not x.dtype:
+        raise TypeError(f"y has dtype {y.dtype} and x {x.dtype}; use one dtype for both")
+    if x.dim() != 2 or y.shape != x.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}; use [tokens, features] for both")
+    if matrix.dtype is not torch.float64:
+        raise TypeError(f"matrix has dtype {matrix.dtype}; use float64")
+    if matrix.shape != (x.shape[1], x.shape[1]) or not matrix.is_contiguous():
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; use a contiguous one, {(x.shape[1], x.shape[1])}")
+    _cross_hessian_update_(matrix, y.detach(), x.detach())
 
 
 def hessian_matrix(tiles: Tensor, features: int) -> Tensor:
@@ -189,6 +222,79 @@ def gptq_round(
     return codes, found_scale.to(scale_dtype), found_zero, loss
 
 
+def gptq_polish(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    narrow_range: bool = False,
+    group_size: int,
+    sweeps: int = 4,
+    refit: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowers `(w - w_hat) H (w - w_hat)^T` of rounded rows by coordinate descent.
+
+    A sweep gives every column in turn the best code given all others, and then every group the scale that is best for its
+    codes and, if that is better, a zero point one higher or lower. Nothing is accepted that makes the error larger. Ends when
+    a sweep changes nothing. (QuantEase, Behdin et al. 2023, arXiv:2309.01885, with scales.)
+
+    Args:
+        weight: `[O, I]`, finite: the target.
+        hessian: `[I, I]` float32, symmetric, with a positive diagonal.
+        codes, scale, zero_point: As `gptq_round` gives them; scales are kept as `scale.dtype` stores them.
+        bits, symmetric, narrow_range, group_size: As in `gptq_round`.
+        sweeps: At most.
+        refit: Change scales and zero points too.
+
+    Returns:
+        New `(codes, scale, zero_point)`.
+
+    Raises:
+        TypeError: Wrong dtype.
+        ValueError: Shapes or options do not fit.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> weight, h = torch.randn(4, 32), torch.eye(32)
+        >>> options = {"bits": 3, "symmetric": False, "group_size": 16}
+        >>> rounded = hb.ops.gptq_round(weight, h, **options)[:3]
+        >>> codes, scale, zero_point = hb.ops.gptq_polish(weight, h, *rounded, **options)
+    """
+    check_float(weight, "weight")
+    check_float(scale, "scale")
+    check_bits(bits)
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; use a matrix [outputs, inputs]")
+    inputs = weight.shape[1]
+    check_group_size(group_size, inputs, "weight")
+    if narrow_range and (not symmetric or bits == 1):
+        raise ValueError("narrow_range=True needs symmetric=True and at least 2 bits")
+    if hessian.dtype is not torch.float32:
+        raise TypeError(f"hessian has dtype {hessian.dtype}; use float32")
+    if hessian.shape != (inputs, inputs):
+        raise ValueError(f"hessian has shape {tuple(hessian.shape)}; the weight needs {(inputs, inputs)}")
+    wanted = torch.int8 if symmetric and bits > 1 else torch.uint8
+    if codes.dtype is not wanted:
+        raise TypeError(f"codes has dtype {codes.dtype}; use {wanted}")
+    shape = (weight.shape[0], inputs // group_size)
+    if codes.shape != weight.shape or scale.shape != shape or zero_point.shape != shape:
+        raise ValueError(
+            f"codes has shape {tuple(codes.shape)}, scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)}; "
+            f"use {tuple(weight.shape)}, {shape} and {shape}"
+        )
+    if sweeps < 0:
+        raise ValueError(f"sweeps={sweeps} is negative")
+    new_codes, new_scale, new_zero = _gptq_polish(
+        weight.detach(), hessian, codes.view(torch.uint8), scale.detach().float(), zero_point.to(torch.int32), bits,
+        symmetric, narrow_range, group_size, sweeps, refit, scale.dtype,
+    )  # fmt: skip
+    return new_codes.view(wanted), new_scale.to(scale.dtype), new_zero
+
+
 def _checked_order(order: Tensor | None, inputs: int, group_size: int, *, apart: bool) -> Tensor:
     if order is None:
         return torch.arange(inputs, dtype=torch.int32)
@@ -241,6 +347,29 @@ def _gptq_round_fake(
     )
 
 
+def _cross_hessian_update_fake(matrix: Tensor, y: Tensor, x: Tensor) -> None:
+    return None
+
+
+def _gptq_polish_fake(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    symmetric: bool,
+    narrow_range: bool,
+    group_size: int,
+    sweeps: int,
+    refit: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return codes.new_empty(codes.shape), scale.new_empty(scale.shape), zero_point.new_empty(zero_point.shape)
+
+
 torch.library.register_fake("halfbyte::hessian_update_", _hessian_update_fake)
+torch.library.register_fake("halfbyte::cross_hessian_update_", _cross_hessian_update_fake)
+torch.library.register_fake("halfbyte::gptq_polish", _gptq_polish_fake)
 torch.library.register_fake("halfbyte::hessian_matrix", _hessian_matrix_fake)
 torch.library.register_fake("halfbyte::gptq_round", _gptq_round_fake)
