@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_gptq_accuracy
 import bench_language_model
 import bench_outliers
 import bench_sentence_encoder
@@ -20,6 +21,7 @@ MARKER = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", r
 TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "quality"): bench_language_model.quality_table,
     ("lm", "summary"): bench_language_model.summary_table,
+    ("lm", "accuracy"): bench_gptq_accuracy.accuracy_table,
     ("lm", "text"): bench_language_model.text_list,
     ("lm", "speed"): bench_language_model.speed_table,
     ("lm", "outliers"): bench_outliers.outliers_table,
