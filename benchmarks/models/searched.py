@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import halfbyte as hb
 
-from . import llama
+from . import llama, vision
 
 __all__ = ["NAMES", "Case", "load"]
 
-NAMES = ("novels5M", "stories260K")
+_LANGUAGE_MODELS = ("novels5M", "stories260K")
+NAMES = (*_LANGUAGE_MODELS, *vision.NAMES)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Case:
 
 def load(root: Path, name: str) -> Case:
     """One of `NAMES`."""
-    return _language_model(root, name)
+    return _language_model(root, name) if name in _LANGUAGE_MODELS else _classifier(root, name)
 
 
 def _language_model(root: Path, name: str) -> Case:
@@ -53,4 +55,25 @@ def _language_model(root: Path, name: str) -> Case:
         measuring=batches,
         evaluation=[{"input_ids": row[None], "use_cache": False} for row in text.evaluation],
         timed={"input_ids": text.evaluation[0][None, :64], "use_cache": False},
+    )
+
+
+def _classifier(root: Path, name: str) -> Case:
+    model = vision.load_float(root, name)
+    data = vision.load_data(root, name, calibration=200, images=1000)
+    batch = 20 if name == "Tiny-Darknet" else 100
+    evaluation = list(data.images.split(batch))
+
+    @torch.inference_mode()
+    def quality(model: nn.Module) -> dict[str, object]:
+        answers: Tensor = torch.cat([model(images).argmax(-1) for images in evaluation])
+        return {"top1": float((answers == data.labels).float().mean())}
+
+    return Case(
+        model=model,
+        schemes=[hb.int_weight_only(bits) for bits in (8, 6, 4, 3, 2)],
+        measuring=list(data.calibration.split(batch)),
+        evaluation=evaluation,
+        timed=data.images[:1],
+        quality=quality,
     )
