@@ -2,9 +2,11 @@
 #   PYTHON=python3.12           the interpreter that .venv is made of (3.11 or later)
 #   TORCH_INDEX=<address>       an extra package index for torch, for instance PyTorch's own index of CPU builds
 #   TEST_ARGS="-k linear -x"    more arguments for pytest
+#   BENCH_ARGS="--only peers"   arguments of benchmarks/run_all.py
 PYTHON ?= python3
 TORCH_INDEX ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 JOBS ?= $(shell nproc)
 
 VENV := .venv
@@ -77,8 +79,15 @@ format: $(VENV)/.deps
 	ruff format
 	clang-format -i $(CXX_FILES)
 
-bench: build
-	for script in benchmarks/bench_*.py; do echo "== $$script"; python "$$script"; done
+# Other libraries to compare with; one that cannot be installed is left out of the results, with the reason.
+$(VENV)/.peers: $(VENV)/.deps
+	echo "torch==2.13.0" > $(VENV)/torch.txt
+	python tools/requirements.py peers | while read -r package; do \
+	  python -m pip install -q -c $(VENV)/torch.txt "$$package" || echo "left out: $$package"; done
+	touch $@
+
+bench: build $(VENV)/.peers
+	python benchmarks/run_all.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist python/halfbyte/_C.*.so python/halfbyte/_build_info.json

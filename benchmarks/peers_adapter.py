@@ -1,13 +1,17 @@
 """Rows of halfbyte for a benchmark that compares libraries on the same layers.
 
-The benchmark loads this file and calls `linear_variants(Variant)`, where `Variant(name, scheme, weight bits, build,
-activations)` and `build(w, copies)` gives an object with `runs(x)` (one call per copy of the weight), `output()` and
-`close()`; arrays are numpy float32.
+The benchmark (`bench_peers.py`, or another with the same interface) calls `linear_variants(Variant)`, where
+`Variant(name, scheme, weight bits, build, activations)` and `build(w, copies)` gives an object with `runs(x)` (one call per
+copy of the weight), `output()` and `close()`; arrays are numpy float32.
 """
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +19,11 @@ import torch
 from torch import Tensor
 
 import halfbyte as hb
+
+sys.path.append(str(Path(__file__).parent))  # the benchmark loads this file by its path
+from peers_quant_rows import quant_rows
+
+__all__ = ["conv_impls", "linear_variants", "quant_rows"]
 
 Array = np.ndarray
 
@@ -42,13 +51,11 @@ class QuantizedLayer:
     def __init__(self, w: Array, copies: int, scheme: hb.Scheme, dtype: torch.dtype) -> None:
         torch.set_grad_enabled(False)
         self.dtype = dtype
-        self.layers: list[torch.nn.Module] = []
-        for _ in range(copies):
-            linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
-            linear.weight.data = torch.from_numpy(w)
-            model = torch.nn.Sequential(linear)
-            hb.quantize_(model, scheme, progress=False)
-            self.layers.append(model[0])
+        linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+        linear.weight.data = torch.from_numpy(w)
+        model = torch.nn.Sequential(linear)
+        hb.quantize_(model, scheme, progress=False)
+        self.layers = [copy.deepcopy(model[0]) for _ in range(copies)]
 
     def runs(self, x: Array) -> list[Callable[[], Tensor]]:
         """One call per copy, on the same input."""
@@ -70,6 +77,7 @@ def linear_variants(variant: VariantType) -> list[object]:
     def build(scheme: hb.Scheme, dtype: torch.dtype = torch.float32) -> Build:
         return lambda w, copies: QuantizedLayer(w, copies, scheme, dtype)
 
+    int2_int8 = replace(hb.int4_int8_dynamic(group_size=128), weight=hb.int_weight_only(2, group_size=128).weight)
     return [
         variant("halfbyte int8_dynamic", "W8A8 dynamic per token", 8, build(hb.int8_dynamic()), "int8"),
         variant("halfbyte int4_int8_dynamic", "W4A8 g128", 4, build(hb.int4_int8_dynamic(group_size=128)), "int8"),
@@ -82,6 +90,7 @@ def linear_variants(variant: VariantType) -> list[object]:
             build(hb.int4_weight_only(group_size=128), torch.bfloat16),
             "bf16",
         ),
+        variant("halfbyte int2_int8_dynamic", "W2A8 g128", 2, build(int2_int8), "int8"),
         variant("halfbyte int2_weight_only", "W2A32 g128", 2, build(hb.int_weight_only(2, group_size=128))),
         variant("halfbyte int1_weight_only", "W1A32 g128", 1, build(hb.int_weight_only(1, group_size=128))),
     ]
@@ -155,8 +164,3 @@ def _dynamic_conv(config: ConvConfig, batch: int) -> tuple[Callable[[], Tensor],
     model = torch.nn.Sequential(conv)
     hb.quantize_(model, hb.int8_dynamic(), progress=False)
     return lambda: model(x), {"gop": gop, "relerr": _relative_error(model(x), expected), "scheme": "W8A8 dynamic"}
-
-
-def quant_rows(case: str, torch_module: object) -> list[object]:
-    """No rows of elementwise operators here: `bench_elementwise.py` has them."""
-    return []

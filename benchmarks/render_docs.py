@@ -1,4 +1,4 @@
-"""Writes the measured tables of the documentation from the JSON files in ``benchmarks/results``.
+"""Writes the measured tables and charts of the documentation from the JSON files in ``benchmarks/results``.
 
     python benchmarks/render_docs.py
 
@@ -15,6 +15,7 @@ import bench_gptq_accuracy
 import bench_language_model
 import bench_outliers
 import bench_sentence_encoder
+import peer_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,6 +86,8 @@ def replacement(match: re.Match[str]) -> str:
 
 
 def main() -> None:
+    for file in sorted((REPOSITORY / "benchmarks" / "results").glob("peers_*.json")):
+        peer_tables.draw_charts(json.loads(file.read_text(encoding="utf-8")), REPOSITORY / "docs" / "images")
     for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         page.write_text(MARKER.sub(replacement, text), encoding="utf-8")

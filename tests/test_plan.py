@@ -158,7 +158,7 @@ def test_conflicting_overrides_of_tied_modules_are_a_fallback() -> None:
     ("model", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "normalization"),
-        (nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4)), "no quantized form of PReLU"),
+        (nn.Sequential(nn.Linear(4, 4), nn.PReLU()), "no quantized form of PReLU"),
         (nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4, max_norm=1.0)), "max_norm"),
         (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()), "float64"),
         (nn.Sequential(nn.Linear(4, 4), ScaledAttention(4, 1)), "ScaledAttention has a forward of its own"),

@@ -27,7 +27,7 @@ def test_top1_stays(shared_data: Path, name: str, scheme: str) -> None:
     top1 = vision.logits(quantized, data.images).argmax(1)
     assert (top1 == expected).float().mean() >= agreement
     before, after = ((t == data.labels).float().mean() for t in (expected, top1))
-    assert after >= before - 0.02
+    assert after >= before - 0.05  # three of 60 images
 
 
 @pytest.mark.parametrize("name", ["MobileNetV1 0.25", "ResNet-8"])

@@ -168,7 +168,7 @@ HALFBYTE_INLINE void run_slabs(int64_t row_begin, int64_t row_end, int64_t most,
 // Scratch of one product over a slab of rows and a tile of panels.
 constexpr int kMaxPanels = 4;              // panels of the widest tile
 constexpr int64_t kSlabRows = 384;         // most rows that share one pass over the weights
-constexpr int64_t kBlockBytes = 16 << 10;  // unpacked codes of a tile and a block of inputs: most of the L1 cache
+constexpr int64_t kBlockBytes = 32 << 10;  // unpacked codes of a tile and a block of inputs: most of the L1 cache
 constexpr int64_t kAheadBytes = 1024;      // how far ahead of its own reading a tile that reads memory directly asks
 
 struct Scratch {

@@ -148,8 +148,8 @@ class Percentile(Histogram):
     Example:
         >>> observer = hb.observers.Percentile(99)
         >>> observer.update(torch.arange(1001.0))
-        >>> round(float(observer.range().low)), round(float(observer.range().high))
-        (10, 991)
+        >>> round(float(observer.range().low), -1), round(float(observer.range().high), -1)
+        (10.0, 990.0)
     """
 
     def __init__(self, percentile: float = 99.9, **options: object) -> None:
