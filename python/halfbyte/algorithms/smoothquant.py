@@ -33,7 +33,7 @@ class SmoothQuant:
     Example:
         >>> model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> batches = [torch.randn(32, 64) for _ in range(4)]
-        >>> smooth = hb.algorithms.SmoothQuant()
+        >>> smooth = hb.algorithms.SmoothQuant(alpha=0.5)
         >>> report = hb.quantize_(model, hb.int8_dynamic(), data=batches, algorithms=[smooth], progress=False)
         >>> [record.producer for record in report.transforms if record.change is not None]
         ['0', '1']
