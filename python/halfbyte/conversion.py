@@ -41,6 +41,7 @@ class _Rounded:
     seconds: float
     rounding: str
     fallbacks: tuple[Fallback, ...] = ()
+    shift: Tensor | None = None  # [O] float64: what the error adds to each output on average
 
 
 def convert(
@@ -64,7 +65,8 @@ def convert(
             for row in track(rows, "quantizing", enabled=progress):
                 results[row.name] = _round_weight(model, row, preparation, staging)
         announce((f for result in results.values() for f in result.fallbacks), preparation.on_fallback)
-        _commit(model, made, staging, activations)
+        biases = {name: _corrected_bias(model, name, result) for name, result in results.items()}
+        _commit(model, made, staging, activations, biases)
     modules = tuple(_module_report(row, results, preparation) for row in made.rows)
     return Report(
         modules=modules,
@@ -97,6 +99,7 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: Preparation, stag
     assert row.scheme is not None
     weight_format = row.scheme.weight
     error = norm = 0.0
+    shifts: list[Tensor] = []
     statistics = preparation.statistics.get(row.name)
     if isinstance(statistics, InputHessian):
         return _round_layer(row, weight, statistics, preparation, staging)[0]
@@ -111,12 +114,15 @@ def _round_weight(model: nn.Module, row: PlanRow, preparation: Preparation, stag
         for rows in _row_chunks(weight, weight_format):
             part = rounding.round(rows, weight_format, importance)
             packer.add(part)
-            error += (part.dequantize(group_size) - rows).square_().sum(dtype=torch.float64).item()
+            difference = part.dequantize(group_size) - rows
+            shifts.append(_shift(preparation, row, difference, sum(map(len, shifts))))
+            error += difference.square_().sum(dtype=torch.float64).item()
             norm += rows.float().square().sum(dtype=torch.float64).item()
         staging.put(row.name, packer.packed())
     relative_error = (error / norm) ** 0.5 if norm > 0 else 0.0
     name = "cast" if isinstance(weight_format, FloatFormat) else type(rounding).__name__
-    return _Rounded(relative_error, time.perf_counter() - start, name)
+    shift = torch.cat(shifts) if row.name in preparation.means else None
+    return _Rounded(relative_error, time.perf_counter() - start, name, shift=shift)
 
 
 def _round_layer(
@@ -133,9 +139,21 @@ def _round_layer(
     packer.add(layer.codes)
     staging.put(row.name, packer.packed())
     norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
-    error = torch.linalg.vector_norm(rounded - weight.detach(), dtype=torch.float64).item()
+    difference = rounded - weight.detach()
+    error = torch.linalg.vector_norm(difference, dtype=torch.float64).item()
+    shift = _shift(preparation, row, difference, 0) if row.name in preparation.means else None
     seconds = time.perf_counter() - start
-    return _Rounded(error / norm if norm > 0 else 0.0, seconds, type(rounding).__name__, layer.fallbacks), rounded
+    return _Rounded(
+        error / norm if norm > 0 else 0.0, seconds, type(rounding).__name__, layer.fallbacks, shift
+    ), rounded
+
+
+def _shift(preparation: Preparation, row: PlanRow, error: Tensor, begin: int) -> Tensor:
+    """What the error of some rows of a weight adds to their outputs on average; zeros where means are not collected."""
+    assert row.shape is not None
+    if row.name not in preparation.means:
+        return error.new_zeros(len(error), dtype=torch.float64)
+    return preparation.means[row.name].shift(error, slice(begin, begin + len(error)), row.shape[0])
 
 
 def _round_in_order(
@@ -168,12 +186,30 @@ def _row_chunks(weight: Tensor, weight_format: PackedFormat | None = None) -> It
     return iter(torch.split(weight.detach(), rows))
 
 
-def _commit(model: nn.Module, made: Plan, staging: Staging, activations: Activations) -> None:
+def _corrected_bias(model: nn.Module, name: str, result: _Rounded) -> nn.Parameter | None:
+    """The bias of a layer, less what rounding adds; None leaves it as it is."""
+    if result.shift is None:
+        return None
+    bias = model.get_submodule(name)._parameters["bias"]
+    assert bias is not None
+    return nn.Parameter((bias.detach().double() - result.shift).to(bias.dtype), requires_grad=bias.requires_grad)
+
+
+def _commit(
+    model: nn.Module,
+    made: Plan,
+    staging: Staging,
+    activations: Activations,
+    biases: dict[str, nn.Parameter | None],
+) -> None:
     """Swaps all modules. An interrupt waits until the last one is in: half a conversion would be no model at all."""
     swapped: dict[str, nn.Module] = {}
     with interrupts_deferred():
         for row in sorted(made.targets, key=lambda r: r.tied_to is not None):  # owners of a shared weight first
             new = _converted(model.get_submodule(row.name), row, swapped, staging, activations.get(row.name))
+            bias = biases.get(row.name)
+            if bias is not None:
+                new._parameters["bias"] = bias
             replace_module(model, (row.name, *row.aliases), new)
             swapped[row.name] = new
         disable_fast_paths(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +15,9 @@ from halfbyte import ops
 from halfbyte.activation import InputObserver
 from halfbyte.algorithms import (
     RTN,
+    BiasCorrection,
     HessianRounding,
+    InputMean,
     Rounding,
     Transform,
     TransformContext,
@@ -37,7 +39,7 @@ from halfbyte.schemes import Scheme
 from halfbyte.sequential import section_bytes, without_cache
 from halfbyte.targets import weight_matrix
 
-Algorithm: TypeAlias = Transform | Rounding
+Algorithm: TypeAlias = Transform | Rounding | BiasCorrection
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class Preparation:
     staging_budget: int
     statistics: dict[str, InputStatistics]
     ranges: dict[str, InputObserver]
+    corrections: tuple[BiasCorrection, ...] = ()
+    means: dict[str, InputMean] = field(default_factory=dict)
     batches: int = 0
     records: tuple[TransformRecord, ...] = ()
 
@@ -69,7 +73,7 @@ class Preparation:
         With `in_order`, Hessians exist one layer at a time; otherwise those of all layers do until the model is converted.
         """
         announce((), on_fallback)
-        transforms, chosen = _check_algorithms(algorithms)
+        transforms, corrections, chosen = _check_algorithms(algorithms)
         made = plan(model, recipe)
         for transform in transforms:
             transform.check(made)
@@ -82,6 +86,9 @@ class Preparation:
         calibration = max([calibration, *(transform.calibration_bytes(made) for transform in transforms)])
         staging_budget = conversion_budget(made, max_memory, calibration=calibration)
         made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
+        if corrections:
+            rows = {row.name for row in inputs if not _has_bias(modules[row.name])}
+            made = Plan(rows=tuple(_without_correction(row) if row.name in rows else row for row in made.rows))
         announce(made.fallbacks, on_fallback)
         with_hessian = {row.name for row in inputs} if hessian else set()
         statistics = {
@@ -102,12 +109,14 @@ class Preparation:
             staging_budget=staging_budget,
             statistics=statistics,
             ranges=ranges,
+            corrections=corrections,
+            means={row.name: InputMean() for row in inputs if corrections and _has_bias(modules[row.name])},
         )
 
     @property
     def needing_data(self) -> list[str]:
         """What needs calibration data, in words."""
-        algorithms: tuple[Algorithm, ...] = (*self.transforms, *self.algorithms)
+        algorithms: tuple[Algorithm, ...] = (*self.transforms, *self.corrections, *self.algorithms)
         names = list(dict.fromkeys(type(algorithm).__name__ for algorithm in algorithms if algorithm.needs_data))
         return names + (["a scheme with static activations"] if self.ranges else [])
 
@@ -180,8 +189,9 @@ class Preparation:
         for _, hook in self._hooks():
             hook.end_share()
 
-    def _hooks(self) -> Iterator[tuple[str, InputStatistics | InputObserver]]:
+    def _hooks(self) -> Iterator[tuple[str, InputStatistics | InputObserver | InputMean]]:
         yield from self.ranges.items()
+        yield from self.means.items()
         yield from self.statistics.items()
 
     @contextmanager
@@ -195,7 +205,7 @@ class Preparation:
 
     @contextmanager
     def observing_ranges(self, model: nn.Module) -> Iterator[None]:
-        """The same, but only the ranges of static activations."""
+        """The same, but only the ranges of static activations and the means of inputs."""
         with replace(self, statistics={}).observing(model):
             yield
 
@@ -217,26 +227,38 @@ class Preparation:
         return self.statistics[row.name].mean_square
 
 
-def _check_algorithms(algorithms: Sequence[Algorithm]) -> tuple[tuple[Transform, ...], tuple[Rounding, ...]]:
-    """Transforms in their order, and the rounding, if any."""
+def _check_algorithms(
+    algorithms: Sequence[Algorithm],
+) -> tuple[tuple[Transform, ...], tuple[BiasCorrection, ...], tuple[Rounding, ...]]:
+    """Transforms in their order, the bias correction, and the rounding, if any."""
     if isinstance(algorithms, Algorithm) or not isinstance(algorithms, Sequence):
         raise TypeError(f"algorithms={algorithms!r} is not a list; use algorithms=[hb.algorithms.MSE()]")
     for algorithm in algorithms:
         if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
             raise TypeError(f"{algorithm!r} is not an algorithm; use an instance such as hb.algorithms.MSE()")
     names = ", ".join(type(a).__name__ for a in algorithms)
-    roundings = [a for a in algorithms if not isinstance(a, Transform)]
+    corrections = tuple(a for a in algorithms if isinstance(a, BiasCorrection))
+    roundings = [a for a in algorithms if not isinstance(a, Transform | BiasCorrection)]
     if len(roundings) > 1:
         raise ValueError(f"algorithms=[{names}]: only one can choose the integers of a weight; name one")
     if roundings and roundings[0] is not algorithms[-1]:
         raise ValueError(f"algorithms=[{names}]: {type(roundings[0]).__name__} chooses the integers and comes last")
     last = [a for a in algorithms[-1:] if isinstance(a, Rounding)]
-    return tuple(a for a in algorithms if isinstance(a, Transform)), tuple(last)
+    return tuple(a for a in algorithms if isinstance(a, Transform)), corrections, tuple(last)
 
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:
     packed = row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
     return packed and not isinstance(module, nn.Embedding)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
+
+
+def _without_correction(row: PlanRow) -> PlanRow:
+    message = "it has no bias to correct"
+    return replace(row, fallbacks=(*row.fallbacks, Fallback(row.name, "bias", message)))
 
 
 def _weighted(row: PlanRow, algorithms: Sequence[Rounding]) -> bool:

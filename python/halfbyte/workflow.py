@@ -89,7 +89,9 @@ def quantize_(
         if isinstance(batches, list) and preparation.transforms:
             preparation.transform(model, batches, forward, edits, progress)
         if isinstance(batches, list) and in_order:
-            if preparation.ranges:  # those of the float model: the rounding sees what quantized layers give
+            if (
+                preparation.ranges or preparation.means
+            ):  # of the float model; the rounding sees what quantized layers give
                 with preparation.observing_ranges(model):
                     run_data(model, batches, forward=forward, progress=progress)
             return convert(model, preparation, progress, start, batches=batches, forward=forward)

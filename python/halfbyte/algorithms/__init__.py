@@ -6,6 +6,8 @@ integers of each layer.
 
 from halfbyte.algorithms.adaround import AdaRound
 from halfbyte.algorithms.awq import AWQ
+from halfbyte.algorithms.bias import BiasCorrection, InputMean
+from halfbyte.algorithms.equalization import CrossLayerEqualization
 from halfbyte.algorithms.gptq import GPTQ
 from halfbyte.algorithms.rotation import Rotation
 from halfbyte.algorithms.rounding import MSE, RTN, HessianRounding, RoundedLayer, Rounding, default_rounding
@@ -18,7 +20,10 @@ __all__ = [
     "MSE",
     "RTN",
     "AdaRound",
+    "BiasCorrection",
+    "CrossLayerEqualization",
     "HessianRounding",
+    "InputMean",
     "Rotation",
     "RoundedLayer",
     "Rounding",
