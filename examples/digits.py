@@ -1,4 +1,4 @@
-"""Trains a classifier of handwritten digits, quantizes it nine ways and shows what each costs and gives.
+"""Trains a classifier of handwritten digits, quantizes it ten ways and shows what each costs and gives.
 
     python examples/digits.py
 
@@ -29,6 +29,7 @@ TEST_IMAGES = 719
 SCHEMES: dict[str, Callable[[], hb.Scheme]] = {
     "bf16": hb.bf16,
     "int8_dynamic": hb.int8_dynamic,
+    "int8_static": hb.int8_static,
     "int8_weight_only": hb.int8_weight_only,
     "int4_weight_only": lambda: hb.int4_weight_only(group_size=64),
     "W4A8": lambda: hb.int4_int8_dynamic(group_size=64),
@@ -254,7 +255,8 @@ def main() -> None:
     models: dict[str, nn.Module] = {FLOAT: float_model}
     for name, scheme in SCHEMES.items():
         models[name] = copy.deepcopy(float_model)
-        hb.quantize_(models[name], scheme(), progress=False)
+        calibration = x_train[:512].split(64) if scheme().static else None
+        hb.quantize_(models[name], scheme(), calibration, progress=False)
     one_row = latencies(models, x_test[:1], rounds=100)
     many_rows = latencies(models, x_test[:256], rounds=15)
     rows = []
