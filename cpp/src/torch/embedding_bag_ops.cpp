@@ -41,7 +41,7 @@ struct Table {
     return value;
   }
   // Codes, scale and zero point of a row that will be read soon. Into the second-level cache: it takes more requests at
-  // a time than the first, which made twice the speed where rows come from memory.
+  // a time than the first.
   void prefetch(int64_t row) const {
     if (tiled) return;
     const auto request = [](const void* address) { __builtin_prefetch(address, 0, 2); };
