@@ -184,7 +184,8 @@ MatmulKernels matmul_kernels() {
           .matmul_float = matmul_float,
           .scratch_bytes = [](const TileShape&) { return int64_t{0}; },
           .panels_per_tile = 1,
-          .rows_per_tile = 1};
+          .rows_per_tile = 1,
+          .float_rows_per_tile = 1};
 }
 
 }  // namespace halfbyte::reference

@@ -93,6 +93,17 @@ Narrow truncate(const __m512i& v) {
 [[maybe_unused]] __m256i cvtepi32_epi16(__m512i v) { return truncate<int16_t, __m256i>(v); }
 [[maybe_unused]] __m128i cvtepi32_epi8(__m512i v) { return truncate<int8_t, __m128i>(v); }
 
+// VSHUFF32X4: two quarters of a, then two of b.
+[[maybe_unused]] __m512 shuffle_f32x4(__m512 a, __m512 b, int selected) {
+  __m128 from[2][4], to[4];
+  std::memcpy(from[0], &a, sizeof(a));
+  std::memcpy(from[1], &b, sizeof(b));
+  for (int i = 0; i < 4; ++i) to[i] = from[i / 2][(selected >> (2 * i)) & 3];
+  __m512 result;
+  std::memcpy(&result, to, sizeof(result));
+  return result;
+}
+
 // VPCMPD and VPCMPUD: the predicate counts EQ, LT, LE, FALSE, NE, NLT, NLE, TRUE.
 template <class Element>
 __mmask16 compare(const __m512i& a, const __m512i& b, int predicate) {
@@ -122,6 +133,8 @@ __mmask16 compare(const __m512i& a, const __m512i& b, int predicate) {
 #define _mm512_cvtepi32_epi16 halfbyte::emulation::cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 halfbyte::emulation::cvtepi32_epi8
 #define _mm512_cmp_epi32_mask halfbyte::emulation::compare<int32_t>
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 halfbyte::emulation::shuffle_f32x4
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps halfbyte::emulation::cvtph_ps
 #undef _mm512_cvtps_ph
