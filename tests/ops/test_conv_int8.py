@@ -151,7 +151,9 @@ def test_int8_results_are_the_float_ones_requantized(g: ConvGeometry, size: tupl
 
 
 # Binary weights have no zero points.
-@pytest.mark.parametrize(("bits", "zero_points"), [(b, z) for b in range(1, 9) for z in (False, True) if b > 1 or not z])
+@pytest.mark.parametrize(
+    ("bits", "zero_points"), [(b, z) for b in range(1, 9) for z in (False, True) if b > 1 or not z]
+)
 @pytest.mark.parametrize(
     ("g", "group_size"),
     [
