@@ -6,7 +6,7 @@
 `hb.plan` says what would happen, `hb.save` and `hb.load_` keep the result, `hb.verify` proves that its integers are right.
 """
 
-from halfbyte import algorithms, formats, functional, nn, observers, ops, search
+from halfbyte import algorithms, formats, functional, nn, observers, ops, qat, search
 from halfbyte._extension import (
     __version__,
     available_capabilities,
@@ -33,6 +33,7 @@ from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
 from halfbyte.parts import register_module
 from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.qat.prepare import prepare_qat_
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
 from halfbyte.schemes import (
@@ -120,6 +121,8 @@ __all__ = [
     "ops",
     "plan",
     "prepare_",
+    "prepare_qat_",
+    "qat",
     "quantize_",
     "register_module",
     "save",

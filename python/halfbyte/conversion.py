@@ -10,13 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from halfbyte.building import quantized_module
 from halfbyte.calibration import Forward
 from halfbyte.convolution import ConvModule
 from halfbyte.fallback import Fallback, announce
 from halfbyte.formats import FloatFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian
-from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedEmbedding, QuantizedLinear, QuantizedModule
-from halfbyte.nn.conv import quantized_conv_type
+from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedModule
 from halfbyte.nn.packed_weight import PANEL, WeightPacker
 from halfbyte.plan import Plan, PlanRow
 from halfbyte.preparation import Preparation
@@ -25,7 +25,7 @@ from halfbyte.report import ModuleReport, Report
 from halfbyte.sequential import round_in_order
 from halfbyte.staging import Staging
 from halfbyte.swap import interrupts_deferred, replace_module
-from halfbyte.targets import conv_geometry, disable_fast_paths, weight_matrix
+from halfbyte.targets import disable_fast_paths, weight_matrix
 
 _CHUNK_ELEMENTS = 1 << 16  # weights rounded at a time: bounds the working set whatever the layer's size
 
@@ -224,27 +224,11 @@ def _converted(
 ) -> nn.Module:
     scheme, home = row.scheme, None if row.tied_to is None else swapped[row.tied_to]
     assert scheme is not None and isinstance(old, nn.Linear | nn.Embedding | ConvModule)
-    new: nn.Module
-    if isinstance(scheme.weight, FloatFormat):
-        if isinstance(home, HalfLinear | HalfConv | HalfEmbedding):
-            weight = home.weight
-        else:
-            weight = nn.Parameter(old.weight.detach().to(scheme.weight.dtype), requires_grad=old.weight.requires_grad)
-        if isinstance(old, nn.Linear):
-            new = HalfLinear(scheme, weight, old.bias)
-        elif isinstance(old, ConvModule):
-            new = HalfConv(scheme, weight, old._parameters["bias"], conv_geometry(old))
-        else:
-            new = HalfEmbedding(scheme, weight, old.weight.dtype, old.padding_idx)
-    else:
+    bias = old._parameters.get("bias")
+    if not isinstance(scheme.weight, FloatFormat):
         packed = home.packed_weight if isinstance(home, QuantizedModule) else staging.get(row.name)
-        if isinstance(old, nn.Linear):
-            new = QuantizedLinear(scheme, packed, old.bias, old.weight.dtype, activation)
-        elif isinstance(old, ConvModule):
-            geometry = conv_geometry(old)
-            new = quantized_conv_type(geometry)(
-                scheme, packed, old._parameters["bias"], geometry, old.weight.dtype, activation
-            )
-        else:
-            new = QuantizedEmbedding(scheme, packed, old.weight.dtype, old.padding_idx)
-    return new
+        return quantized_module(old, scheme, packed, bias, activation)
+    if isinstance(home, HalfLinear | HalfConv | HalfEmbedding):
+        return quantized_module(old, scheme, home.weight, bias)
+    weight = nn.Parameter(old.weight.detach().to(scheme.weight.dtype), requires_grad=old.weight.requires_grad)
+    return quantized_module(old, scheme, weight, bias)

@@ -142,6 +142,18 @@ def fuse_(model: nn.Module, example_inputs: object) -> FusionReport:
     return FusionReport(fused=tuple(row for row in found if row.batch_norm or row.activation), kept=kept, change=change)
 
 
+def find_batch_norms(model: nn.Module, example_inputs: object) -> tuple[dict[str, str], dict[str, str]]:
+    """Which batch normalizations could be folded, found as `fuse_` finds them; nothing is changed.
+
+    Returns:
+        Name of each layer that would take one in to the name of that one, and of each that stays to the reason.
+    """
+    with evaluating(model):
+        flow = trace_dataflow(model, lambda: run_batch(model, example_inputs))
+        found, kept = _Search(model, flow, set()).find()
+    return {row.layer: row.batch_norm for row in found if row.batch_norm}, kept
+
+
 @dataclass(slots=True)
 class _Search:
     model: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -85,7 +85,7 @@ class Preparation:
         calibration = _calibration_bytes(model, inputs, in_order=in_order, drift=drift) if hessian else 0
         calibration = max([calibration, *(transform.calibration_bytes(made) for transform in transforms)])
         staging_budget = conversion_budget(made, max_memory, calibration=calibration)
-        made = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
+        made = with_checked_weights(made, modules)
         if corrections:
             rows = {row.name for row in inputs if not _has_bias(modules[row.name])}
             made = Plan(rows=tuple(_without_correction(row) if row.name in rows else row for row in made.rows))
@@ -137,7 +137,7 @@ class Preparation:
             for transform in self.transforms:
                 self.records += tuple(transform.transform(context))
         modules = {row.name: model.get_submodule(row.name) for row in self.plan.rows}
-        checked = Plan(rows=tuple(_check_weight(modules[row.name], row) for row in self.plan.rows))
+        checked = with_checked_weights(self.plan, modules)
         new = set(checked.fallbacks) - set(self.plan.fallbacks)
         announce([*(f for r in self.records if (f := r.fallback)), *new], self.on_fallback)
         self.plan = checked
@@ -280,6 +280,15 @@ def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order:
         return 0
     kept = section_bytes(model, [row.name for row in inputs]) if in_order else sum(4 * size**2 for size in in_features)
     return hessian_bytes(max(in_features), drift=drift) + kept
+
+
+def with_checked_weights(made: Plan, modules: Mapping[str, nn.Module]) -> Plan:
+    """The plan, once all weights that it quantizes are found finite and on the CPU; scales that do not fit 16 bits get 32.
+
+    Raises:
+        QuantizationError: they are not.
+    """
+    return Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
 
 
 def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:

@@ -19,6 +19,8 @@ from halfbyte.fallback import OnFallback
 from halfbyte.memory import MemorySize
 from halfbyte.plan import Plan
 from halfbyte.preparation import Algorithm, Preparation
+from halfbyte.qat.convert import convert_qat
+from halfbyte.qat.state import is_qat
 from halfbyte.recipe import Recipe
 from halfbyte.report import Report
 from halfbyte.schemes import Scheme
@@ -72,8 +74,7 @@ def quantize_(
         True
     """
     start = time.perf_counter()
-    if is_prepared(model):
-        raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
+    _refuse_prepared(model)
     preparation = Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback, in_order=True)
     if data is None and preparation.needing_data:
         names = ", ".join(preparation.needing_data)
@@ -128,8 +129,7 @@ def prepare_(
         >>> _ = hb.calibrate(model, [torch.randn(8, 64)], progress=False)
         >>> report = hb.convert_(model, progress=False)
     """
-    if is_prepared(model):
-        raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
+    _refuse_prepared(model)
     preparation = Preparation.of(model, recipe, algorithms, max_memory, on_fallback)
     if preparation.transforms:
         names = ", ".join(type(t).__name__ for t in preparation.transforms)
@@ -195,18 +195,21 @@ def calibrate(
 
 
 def convert_(model: nn.Module, *, progress: bool = True) -> Report:
-    """Last step of `quantize_`: replaces the prepared modules by quantized ones.
+    """Last step of `quantize_`, and of quantization-aware training: replaces the prepared modules by quantized ones.
 
     Args:
-        model: A model that `prepare_` prepared.
+        model: A model that `prepare_` prepared, or one that `prepare_qat_` prepared, trained and in evaluation mode.
         progress: Show a progress bar on stderr.
 
     Returns:
         The report.
 
     Raises:
-        QuantizationError: the model is not prepared, or an algorithm needs data and none was run.
+        QuantizationError: the model is not prepared, or an algorithm needs data and none was run. After `prepare_qat_`: it is
+            in training mode, fake quantization is off, or the range of a static input was never observed.
     """
+    if is_qat(model):
+        return convert_qat(model, progress)
     start = time.perf_counter()
     preparation = _prepared(model)
     if preparation.needing_data and not preparation.has_data:
@@ -219,8 +222,13 @@ def convert_(model: nn.Module, *, progress: bool = True) -> Report:
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether `prepare_` was called and `convert_` was not."""
-    return hasattr(model, _PREPARATION)
+    """Whether `prepare_` or `prepare_qat_` was called and `convert_` was not."""
+    return hasattr(model, _PREPARATION) or is_qat(model)
+
+
+def _refuse_prepared(model: nn.Module) -> None:
+    if is_prepared(model):
+        raise QuantizationError("the model is prepared already; finish with hb.convert_(model)")
 
 
 def _prepared(model: nn.Module) -> Preparation:

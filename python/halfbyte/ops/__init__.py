@@ -1,7 +1,15 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
 from halfbyte.ops.conv import conv_int8, conv_weight_only
-from halfbyte.ops.elementwise import dequantize, fake_quantize, observe_minmax, quantize, search_qparams
+from halfbyte.ops.elementwise import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_mask,
+    observe_minmax,
+    quantize,
+    search_qparams,
+    straight_through,
+)
 from halfbyte.ops.embedding import embedding_weight_only
 from halfbyte.ops.embedding_bag import BagMode, embedding_bag_weight_only
 from halfbyte.ops.gptq import (
@@ -31,6 +39,7 @@ __all__ = [
     "embedding_weight_only",
     "fake_quantize",
     "fake_quantize_learned",
+    "fake_quantize_mask",
     "gptq_polish",
     "gptq_round",
     "grow_histogram",
@@ -49,5 +58,6 @@ __all__ = [
     "recurrent_cell",
     "search_histogram",
     "search_qparams",
+    "straight_through",
     "unpack",
 ]

@@ -24,7 +24,15 @@ from halfbyte.ops.checks import (
     qparams_shape,
 )
 
-__all__ = ["dequantize", "fake_quantize", "observe_minmax", "quantize", "search_qparams"]
+__all__ = [
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_mask",
+    "observe_minmax",
+    "quantize",
+    "search_qparams",
+    "straight_through",
+]
 
 _fake_quantize = torch.ops.halfbyte.fake_quantize.default
 _fake_quantize_train = torch.ops.halfbyte.fake_quantize_train.default
@@ -94,6 +102,65 @@ def fake_quantize(
             return y
     result: Tensor = _fake_quantize(x, scale, zero_point, qmin, qmax, axis, group_size)
     return result
+
+
+@torch.no_grad()
+def fake_quantize_mask(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` and where its gradient passes, in one pass over memory; for autograd functions of one's own.
+
+    Args:
+        x, scale, zero_point, qmin, qmax, axis, group_size: As for `fake_quantize`.
+
+    Returns:
+        The value, without a gradient, and a mask of a bit an element, uint8 `[ceil(numel / 8)]`, for `straight_through`.
+
+    Raises:
+        TypeError: Wrong dtype.
+        ValueError: Shapes, ranges or granularity do not fit.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> x = torch.tensor([0.12, -0.9, 3.0])
+        >>> y, mask = hb.ops.fake_quantize_mask(x, torch.tensor(0.1), torch.tensor(0), qmin=-8, qmax=7)
+        >>> hb.ops.straight_through(torch.ones(3), mask)
+        tensor([1., 0., 0.])
+    """
+    check_float(x, "x")
+    check_range(qmin, qmax)
+    scale, zero_point = check_qparams(x, scale, zero_point, axis, group_size, "x")
+    y, mask = _fake_quantize_train(x, scale, zero_point, qmin, qmax, axis, group_size)
+    return y, mask
+
+
+@torch.no_grad()
+def straight_through(grad: Tensor, mask: Tensor) -> Tensor:
+    """`grad` where `mask` has a bit, else 0: the gradient of `fake_quantize`, without one of its own.
+
+    Args:
+        grad: Gradient of the value, of its shape; float32, bfloat16 or float16.
+        mask: What `fake_quantize_mask` gave.
+
+    Returns:
+        Contiguous tensor like `grad`.
+
+    Raises:
+        TypeError: `grad` has the wrong dtype.
+        ValueError: `mask` is not that of a tensor of as many elements.
+    """
+    check_float(grad, "grad")
+    if mask.dtype is not torch.uint8 or mask.numel() != (grad.numel() + 7) // 8:
+        raise ValueError(f"mask has {mask.numel()} bytes ({mask.dtype}); grad needs {(grad.numel() + 7) // 8} of uint8")
+    passed: Tensor = _fake_quantize_backward(grad, mask)
+    return passed
 
 
 def quantize(

@@ -1,0 +1,21 @@
+"""Quantization-aware training: what `hb.prepare_qat_` puts into a model, and the switches of a prepared one."""
+
+from halfbyte.qat.control import freeze_batchnorm, freeze_observers, scale_parameters, set_enabled
+from halfbyte.qat.functions import FakeQuantize
+from halfbyte.qat.modules import QATModule
+from halfbyte.qat.quantizer_base import WeightQuantizer
+from halfbyte.qat.quantizers import activation_quantizer, weight_quantizer
+from halfbyte.qat.state import Schedule
+
+__all__ = [
+    "FakeQuantize",
+    "QATModule",
+    "Schedule",
+    "WeightQuantizer",
+    "activation_quantizer",
+    "freeze_batchnorm",
+    "freeze_observers",
+    "scale_parameters",
+    "set_enabled",
+    "weight_quantizer",
+]
