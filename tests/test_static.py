@@ -19,6 +19,9 @@ SCHEMES = [
     hb.int8_static(symmetric=True, observer=hb.observers.MinMax()),
     hb.int4_int8_static(),
     hb.int4_int8_static(32),
+    hb.int_static(4, 4),
+    hb.int_static(8, 2, symmetric=True),
+    hb.int_static(1, 7),
 ]
 
 
@@ -36,7 +39,8 @@ def test_layers_compute_with_fake_quantized_inputs_and_dequantized_weights(schem
     for layer in model:
         y = layer(x)
         if isinstance(layer, hb.nn.QuantizedLinear):
-            q = hb.ops.fake_quantize(x, layer.act_scale, layer.act_zero_point, qmin=-128, qmax=127)
+            half = 1 << (scheme.activation.bits - 1)
+            q = hb.ops.fake_quantize(x, layer.act_scale, layer.act_zero_point, qmin=-half, qmax=half - 1)
             expected = nn.functional.linear(q.double(), layer.dequantize().double(), layer.bias.double())
             torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
         x = y

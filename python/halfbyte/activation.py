@@ -113,7 +113,7 @@ class InputObserver:
         """
         self._check_ran()
         scale, zero_point = self.observer.qparams()
-        return scale, zero_point if self.observer.symmetric else zero_point - 128
+        return scale, zero_point if self.observer.symmetric else zero_point - (1 << (self.observer.bits - 1))
 
     def _check_ran(self) -> None:
         if not self.observer.batches:

@@ -116,11 +116,6 @@ def quantize_rows_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def quantize_rows_static(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """INT8 codes of `x` with one scale for all, int32 in [-128, 127]; NaN becomes the zero point."""
-    return quantize(x, scale, zero_point, qmin=-128, qmax=127)
-
-
 def sigmoid(x: Tensor) -> Tensor:
     """The sigmoid of the recurrent operators, bit for bit: float32, `1 / (1 + e^-x)`, within 2.5 ulp of the exact one."""
     return 1 / (1 + _exponential(-x))

@@ -394,7 +394,7 @@ def kernel_name(module: nn.Module, scheme: Scheme) -> str:
     codes = "c" if isinstance(scheme.weight, CodebookFormat) else "u"
     if embedding:
         return f"gather {codes}{scheme.weight.bits}"
-    activation = "f32" if scheme.activation is None else f"s{scheme.activation.bits}"
+    activation = "f32" if scheme.activation is None else "s8"
     if isinstance(module, (QuantizedConv, *CONV_TYPES)):
         level = "torch" if scheme.activation is None else cpu_capability()
         return f"conv {codes}{scheme.weight.bits} {activation} ({level})"

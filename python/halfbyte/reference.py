@@ -119,9 +119,12 @@ def activation_codes(module: QuantizedLinear | QuantizedConv, x: Tensor) -> tupl
 
     A row is a token of a linear layer, or a whole sample of a convolution.
     """
-    if module.act_scale is None or module.act_zero_point is None:
+    activation = module.scheme.activation
+    if activation is None or module.act_scale is None or module.act_zero_point is None:
         return functional.quantize_rows_dynamic(x)
-    codes = functional.quantize_rows_static(x, module.act_scale, module.act_zero_point) - module.act_zero_point
+    half = 1 << (activation.bits - 1)
+    codes = functional.quantize(x, module.act_scale, module.act_zero_point, qmin=-half, qmax=half - 1)
+    codes = codes - module.act_zero_point
     return codes, module.act_scale.expand(x.shape[0], 1)
 
 

@@ -24,7 +24,6 @@ from halfbyte.formats import (
 from halfbyte.observers import MSE, Observer
 
 _INT8_PER_TOKEN = IntFormat(bits=8, symmetric=True, granularity=PerToken(), narrow_range=True)
-_STATIC = {symmetric: IntFormat(bits=8, symmetric=symmetric, granularity=PerTensor()) for symmetric in (False, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +59,13 @@ class Scheme:
                 )
         if self.activation is not None and not isinstance(self.weight, IntFormat):
             raise ValueError(f"integer activations need integer weights, not {self.weight}")
-        if self.activation is not None and self.activation not in (_INT8_PER_TOKEN, *_STATIC.values()):
+        if (
+            self.activation is not None
+            and self.activation != _INT8_PER_TOKEN
+            and not _has_static_kernel(self.activation)
+        ):
             raise ValueError(
-                f"activations in {self.activation} have no kernel; use 8 bits: symmetric per token, or per tensor"
+                f"activations in {self.activation} have no kernel; use 8 bits symmetric per token, or 2 to 8 bits per tensor"
             )
         if self.observer is not None and (not isinstance(self.observer, Observer) or self.observer.axis is not None):
             raise ValueError(f"observer={self.observer!r} does not observe whole tensors; use e.g. hb.observers.MSE()")
@@ -77,7 +80,9 @@ class Scheme:
             return f"{self.weight}{'' if isinstance(self.weight, FloatFormat) else ', float activations'}"
         if not self.static:
             return f"{self.weight}, int8 activations"
-        return f"{self.weight}, static {'int8' if self.activation.symmetric else 'uint8'} activations"
+        return (
+            f"{self.weight}, static {'int' if self.activation.symmetric else 'uint'}{self.activation.bits} activations"
+        )
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description; `Scheme.from_dict` reads it back."""
@@ -211,7 +216,7 @@ def int8_static(*, per_channel: bool = True, symmetric: bool = False, observer: 
         'int8 per channel, static uint8 activations'
     """
     weight = _int8_weight(PerAxis(0) if per_channel else PerTensor())
-    return Scheme(weight=weight, activation=_STATIC[symmetric], observer=MSE() if observer is None else observer)
+    return Scheme(weight=weight, activation=_static(8, symmetric), observer=MSE() if observer is None else observer)
 
 
 def int4_int8_static(
@@ -224,7 +229,35 @@ def int4_int8_static(
         symmetric, observer: As for `int8_static`.
     """
     observer = MSE() if observer is None else observer
-    return Scheme(weight=_low_bit_weight(4, group_size, True), activation=_STATIC[symmetric], observer=observer)
+    return Scheme(weight=_low_bit_weight(4, group_size, True), activation=_static(8, symmetric), observer=observer)
+
+
+def int_static(
+    weight_bits: int,
+    activation_bits: int,
+    group_size: int | None = None,
+    *,
+    symmetric: bool = False,
+    observer: Observer | None = None,
+) -> Scheme:
+    """Weights and activations of any width, activations with scales found in calibration or training.
+
+    Activations of fewer bits than 8 take the INT8 kernels, whose inputs are clipped first: they cost accuracy and gain no speed
+    here, and are for models that other hardware will run, or that are trained for them (`prepare_qat_`).
+
+    Args:
+        weight_bits: 1 to 8, symmetric.
+        activation_bits: 2 to 8.
+        group_size: Inputs that share a weight scale; None: one for each output channel.
+        symmetric, observer: As for `int8_static`.
+
+    Example:
+        >>> str(int_static(4, 4))
+        'int4 per channel, static uint4 activations'
+    """
+    observer = MSE() if observer is None else observer
+    weight = _low_bit_weight(weight_bits, group_size, True)
+    return Scheme(weight=weight, activation=_static(activation_bits, symmetric), observer=observer)
 
 
 def bf16() -> Scheme:
@@ -235,6 +268,14 @@ def bf16() -> Scheme:
 def fp16() -> Scheme:
     """float16 weights and products: half the bytes, more precision than bfloat16, overflow past 65,504."""
     return Scheme(weight=FloatFormat(dtype=torch.float16))
+
+
+def _static(bits: int, symmetric: bool) -> IntFormat:
+    return IntFormat(bits=bits, symmetric=symmetric, granularity=PerTensor())
+
+
+def _has_static_kernel(activation: IntFormat) -> bool:
+    return activation.bits >= 2 and activation.granularity == PerTensor() and not activation.narrow_range
 
 
 def _int8_weight(granularity: Granularity) -> IntFormat:

@@ -391,7 +391,7 @@ def _integer_products(module: QuantizedLinear, rows: Tensor, act_scale: Tensor) 
     Exact while partial sums stay below 2^24, where float32 has every integer.
     """
     products = ops.linear_int8(
-        rows.float(),
+        module.clipped_input(rows).float(),
         module.qweight,
         torch.ones_like(module.scale),
         module.zero_point,

@@ -16,6 +16,8 @@ SCHEMES = {
     "int8_static_symmetric": hb.int8_static(symmetric=True, per_channel=False),
     "int8_dynamic": hb.int8_dynamic(),
     "w4a8_static": hb.int4_int8_static(),
+    "w4a4_static": hb.int_static(4, 4),
+    "w2a3_static_symmetric": hb.int_static(2, 3, 8, symmetric=True),
     "w4a8_dynamic": hb.int4_int8_dynamic(8),
     "int3_groups": hb.int_weight_only(3, 8),
     "int2": hb.int_weight_only(2),

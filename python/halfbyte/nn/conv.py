@@ -89,7 +89,7 @@ class QuantizedConv(QuantizedModule):
                 codebook=self.codebook,
             )
         return ops.conv_int8(
-            x,
+            self.clipped_input(x),
             self.qweight,
             self.scale,
             self.zero_point,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from halfbyte import ops
 from halfbyte.nn.as_layers import as_embedding
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
+from halfbyte.nn.trained_parts import run_parts, training_weight
 from halfbyte.ops import BagMode
 
 
@@ -55,7 +56,20 @@ class QuantizedEmbeddingBag(nn.Module):
             include_last_offset = self.include_last_offset
         else:
             raise ValueError(f"input has {input.dim()} dimensions; use [B, L] or, with offsets, [N]")
-        table: nn.Module = self.table
+
+        def run(table: nn.Module) -> tuple[Tensor]:
+            return (self._reduce(table, input, offsets, per_sample_weights, include_last_offset),)
+
+        return run_parts(run, self.table)[0]
+
+    def _reduce(
+        self,
+        table: nn.Module,
+        input: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        include_last_offset: bool,
+    ) -> Tensor:
         if isinstance(table, QuantizedEmbedding):
             weights = None if per_sample_weights is None else per_sample_weights.float()
             return ops.embedding_bag_weight_only(
@@ -77,11 +91,12 @@ class QuantizedEmbeddingBag(nn.Module):
                 codebook=table.codebook,
             )
         assert isinstance(table, nn.Embedding | HalfEmbedding)
+        weight = training_weight(table)
         if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.to(table.weight.dtype)
+            per_sample_weights = per_sample_weights.to(weight.dtype)
         y = F.embedding_bag(
             input,
-            table.weight,
+            weight,
             offsets.to(input.dtype),
             mode=self.mode,
             per_sample_weights=per_sample_weights,

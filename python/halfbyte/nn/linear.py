@@ -24,7 +24,7 @@ class QuantizedLinear(QuantizedModule):
         bias: `[out_features]`, floating point, or None. Kept as the parameter it is.
         dtype: dtype that `weight` reads as; outputs have the dtype of the input.
         activation: `act_scale` and `act_zero_point` of a scheme with static activations, one float32 and one int32 number. The
-            zero point is that of signed codes, -128 to 127: unsigned codes are 128 more, and so is their zero point.
+            zero point is that of signed codes, -128 to 127 with 8 bits: unsigned codes are 128 more, their zero point too.
 
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`; float32, bfloat16 or float16.
@@ -67,7 +67,7 @@ class QuantizedLinear(QuantizedModule):
                 codebook=self.codebook,
             )
         return ops.linear_int8(
-            x,
+            self.clipped_input(x),
             self.qweight,
             self.scale,
             self.zero_point,

@@ -70,6 +70,16 @@ class QuantizedModule(nn.Module):
         """The buffers with their layout and shape."""
         return PackedWeight(self.qweight, self.scale, self.zero_point, self.layout, self._weight_shape, self.codebook)
 
+    def clipped_input(self, x: Tensor) -> Tensor:
+        """Inputs within the range of activation codes, where those have fewer than the 8 bits to which kernels clip."""
+        activation = self.scheme.activation
+        if activation is None or activation.bits == 8 or self.act_scale is None or self.act_zero_point is None:
+            return x
+        # The ends of the range have the outermost codes exactly, and rounding is monotonic: no other code changes.
+        half = 1 << (activation.bits - 1)
+        low, high = ((end - self.act_zero_point) * self.act_scale for end in (-half, half - 1))
+        return torch.clamp(x, low.to(x.dtype), high.to(x.dtype))
+
     def dequantize(self) -> Tensor:
         """The weight `[O, I]` in float32: exactly the numbers that the kernels multiply with."""
         return self.packed_weight.dequantize(self.weight_format)

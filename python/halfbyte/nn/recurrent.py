@@ -8,6 +8,7 @@ same integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from halfbyte import ops
 from halfbyte.nn.as_layers import as_linear
 from halfbyte.nn.linear import QuantizedLinear
+from halfbyte.nn.trained_parts import for_steps, run_parts
 from halfbyte.ops import Cell
 
 
@@ -47,7 +49,9 @@ def cell_step(
     return (torch.tanh(gates) if cell == "rnn_tanh" else torch.relu(gates)), None
 
 
-def _step(cell: Cell, x_gates: Tensor, hh: nn.Module, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _step(
+    cell: Cell, x_gates: Tensor, hh: Callable[[Tensor], Tensor], h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """One step; with the operators' gate functions where the hidden weights are integers."""
     if isinstance(hh, QuantizedLinear):
         return ops.recurrent_cell(x_gates, hh(h), h if cell == "gru" else c, cell=cell)
@@ -164,12 +168,31 @@ class QuantizedRecurrent(nn.Module):
         """One layer in one direction: `x` is `[T, B, I]`, or `[sum of batch_sizes, I]`; a state `[B, H]`."""
         ih, hh = self._part(f"ih_{suffix}"), self._part(f"hh_{suffix}")
         hr = self._part(f"hr_{suffix}") if self.proj_size else None
+
+        def run(ih: nn.Module, hh: nn.Module, hr: nn.Module | None) -> tuple[Tensor, ...]:
+            return self._run_direction(ih, hh, hr, x, state, batch_sizes, reverse)
+
+        output, *new = run_parts(run, ih, hh, hr)
+        return output, tuple(new)
+
+    def _run_direction(
+        self,
+        ih: nn.Module,
+        hh: nn.Module,
+        hr: nn.Module | None,
+        x: Tensor,
+        state: tuple[Tensor, ...],
+        batch_sizes: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, ...]:
+        """Output and new state."""
         dtype = x.dtype
         if isinstance(hh, QuantizedLinear):  # integers between float32 gates, whatever the dtype outside
             x, state = x.float(), tuple(s.float() for s in state)
         x_gates = ih(x)
         h, c = state[0], state[1] if len(state) == 2 else None
-        if isinstance(hh, QuantizedLinear) and (hr is None or isinstance(hr, QuantizedLinear)):
+        if _in_one_operator(hh) and (hr is None or _in_one_operator(hr)):
+            assert isinstance(hh, QuantizedLinear) and (hr is None or isinstance(hr, QuantizedLinear))
             output, h, c = ops.recurrent(
                 x_gates,
                 h,
@@ -191,7 +214,7 @@ class QuantizedRecurrent(nn.Module):
             )
         else:
             output, h, c = _run_steps(self.cell, x_gates, hh, hr, h, c, batch_sizes, reverse=reverse)
-        return output.to(dtype), tuple(s.to(dtype) for s in (h, c) if s is not None)
+        return output.to(dtype), *(s.to(dtype) for s in (h, c) if s is not None)
 
     def _part(self, name: str) -> nn.Module:
         part = self._modules[name]
@@ -215,6 +238,13 @@ class QuantizedRecurrent(nn.Module):
         return ", ".join(settings)
 
 
+def _in_one_operator(part: nn.Module) -> bool:
+    """Whether the operator for whole sequences can take the part: it clips activations to 8 bits, no fewer."""
+    if not isinstance(part, QuantizedLinear):
+        return False
+    return part.scheme.activation is None or part.scheme.activation.bits == 8
+
+
 def _projection(hr: QuantizedLinear) -> ops.Projection:
     return ops.Projection(hr.qweight, hr.scale, hr.zero_point, hr.bits, hr.group_size, hr.scheme.activation is not None)
 
@@ -233,11 +263,12 @@ def _run_steps(
     """The steps one after another; step t of a packed sequence has the first `batch_sizes[t]` rows, others keep their state."""
     steps = list(x_gates.unbind(0)) if batch_sizes is None else list(torch.split(x_gates, batch_sizes.tolist()))
     outputs: list[Tensor] = []
+    hidden, projection = for_steps(hh), None if hr is None else for_steps(hr)
     for gates in reversed(steps) if reverse else steps:
         rows = gates.shape[0]
-        new_h, new_c = _step(cell, gates, hh, h[:rows], None if c is None else c[:rows])
-        if hr is not None:
-            new_h = hr(new_h)
+        new_h, new_c = _step(cell, gates, hidden, h[:rows], None if c is None else c[:rows])
+        if projection is not None:
+            new_h = projection(new_h)
         outputs.append(new_h)
         h = new_h if rows == h.shape[0] else torch.cat((new_h, h[rows:]))
         if c is not None and new_c is not None:
@@ -321,11 +352,16 @@ class _QuantizedCell(nn.Module):
             states = tuple(input.new_zeros(shape) for _ in range(count))
         for label, state in zip(("h", "c"), states, strict=False):
             _check_state(f"{name}: {label}", state, shape, dtype)
-        x, (h, *rest) = input, states
-        if isinstance(self.hh, QuantizedLinear):
-            x, h, rest = x.float(), h.float(), [c.float() for c in rest]
-        new = _step(self.cell, self.ih(x), self.hh, h, rest[0] if rest else None)
-        return tuple(state.to(dtype) for state in new if state is not None)
+        before = states
+
+        def run(ih: nn.Module, hh: nn.Module) -> tuple[Tensor, ...]:
+            x, (h, *rest) = input, before
+            if isinstance(hh, QuantizedLinear):
+                x, h, rest = x.float(), h.float(), [c.float() for c in rest]
+            new = _step(self.cell, ih(x), hh, h, rest[0] if rest else None)
+            return tuple(state.to(dtype) for state in new if state is not None)
+
+        return run_parts(run, self.ih, self.hh)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

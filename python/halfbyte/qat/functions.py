@@ -180,19 +180,3 @@ def _pulled(back: Pullback | None, grad: Tensor | None, dtype: torch.dtype, coun
         return (None,) * (1 + count)
     grad = grad.to(dtype)
     return (grad,) if back is None else back(grad)
-
-
-def with_value(gradient_of: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of `gradient_of`: of one tensor computed in two ways, the exact and the differentiable one."""
-    y: Tensor = _WithValue.apply(gradient_of, value)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _WithValue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient_of: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

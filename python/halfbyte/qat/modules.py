@@ -6,7 +6,7 @@ Each is a subclass of the layer whose place it takes and holds that layer's very
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,10 +18,11 @@ from halfbyte.convolution import CONV_TYPES, ConvGeometry, ConvModule
 from halfbyte.errors import QuantizationError
 from halfbyte.formats import FloatFormat
 from halfbyte.nn.packed_weight import PackedWeight, WeightPacker
+from halfbyte.nn.trained_parts import with_value
 from halfbyte.ops import Layout
 from halfbyte.qat.batchnorm import QATBatchNorm, safe_divisor, taken_over
 from halfbyte.qat.folded_weight import FoldedWeight, as_matrix
-from halfbyte.qat.functions import ConvProduct, FakeQuantize, LinearProduct, fake_quantized_product, with_value
+from halfbyte.qat.functions import ConvProduct, FakeQuantize, LinearProduct, fake_quantized_product
 from halfbyte.qat.quantizer_base import ActivationQuantizer, WeightQuantizer, recomputing
 from halfbyte.qat.switches import Switches
 from halfbyte.schemes import Scheme
@@ -231,6 +232,14 @@ class QATLinear(QATModule, nn.Linear):
         weight_fake, bias = self._weight_and_bias()
         return fake_quantized_product(LinearProduct(), x, self.master_weight, bias, self._input_fake(x), weight_fake)
 
+    def for_steps(self) -> Callable[[Tensor], Tensor]:
+        """The layer for several inputs, with its weight fake-quantized once for all of them."""
+        if not self.training:
+            return self
+        fake, bias = self._weight_and_bias()
+        weight = self.master_weight if fake is None else fake(self.master_weight)
+        return lambda x: fake_quantized_product(LinearProduct(), x, weight, bias, self._input_fake(x), None)
+
 
 class QATConv(QATModule):
     """What the convolutions share."""
@@ -290,8 +299,13 @@ class QATEmbedding(QATModule, nn.Embedding):
 
     def fake_quantized(self, indices: Tensor) -> Tensor:
         """The differentiable form."""
-        weight = self.weight_quantizer(self.master_weight) if self.on("weights") else self.master_weight
+        weight = self.quantized_weight()
         return F.embedding(indices, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def quantized_weight(self) -> Tensor:
+        """The fake-quantized table, differentiable."""
+        weight: Tensor = self.weight_quantizer(self.master_weight) if self.on("weights") else self.master_weight
+        return weight
 
 
 class _Identity:

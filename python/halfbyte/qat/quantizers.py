@@ -201,7 +201,8 @@ class MovingAverageActivation(Switches):
     def _observe(self, x: Tensor) -> None:
         low, high = all_reduced_range(*ops.observe_minmax(in_memory_order(x)))
         usable = torch.isfinite(low) & torch.isfinite(high)
-        part = torch.where(self.batches > 0, self.momentum, 1.0)
+        # A range of zeros alone, such as that of an initial state, counts until something else comes.
+        part = torch.where(self.high > self.low, self.momentum, 1.0)
         self.low.copy_(torch.where(usable, torch.lerp(self.low, low, part), self.low))
         self.high.copy_(torch.where(usable, torch.lerp(self.high, high, part), self.high))
         self.batches.add_(usable)
