@@ -114,15 +114,9 @@ HALFBYTE_INLINE void dot_narrow_units(const PanelCodes& codes, int64_t offset, c
 }
 #endif
 
-// Weights without zero points, activations without one: what t (matmul.h) takes off m * dot depends on the row alone.
-inline bool is_symmetric(const Int8Tile& t) { return t.w.zero_point == nullptr && !t.corrected; }
+HALFBYTE_INLINE int32_t center_of(const TiledWeight& w) { return is_binary(w) ? 1 : 1 << (w.shape.bits - 1); }
 
-HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment& segment) {
-  const int32_t center = is_binary(t.w) ? 1 : 1 << (t.w.shape.bits - 1);
-  return center * t.x.chunk_sum[row * t.chunks + segment.chunk];
-}
-
-// What t takes off m * dot for any weights and activations: z*sum(a) + za*(m*sum(u) - n*z) into
+// What t (matmul.h) takes off m * dot where activations have a zero point: z*sum(a) + za*(m*sum(u) - n*z) into
 // offsets[rows][panels][16]. Never inlined: it would cost the row tiles their registers.
 [[gnu::noinline]] void load_offsets(const Int8Tile& t, int64_t row, int64_t rows, int64_t panels,
                                     const Segment& segment, int32_t* offsets) {
@@ -131,7 +125,7 @@ HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment
   const int64_t group_inputs = std::min(shape.group_size, shape.in_features - segment.group * shape.group_size);
   const auto inputs = static_cast<int32_t>(std::clamp<int64_t>(group_inputs - in_group, 0, kMaxChunk));
   for (int64_t p = 0; p < panels; ++p) {
-    I32x16 zero = set_i32(is_binary(t.w) ? 1 : 1 << (shape.bits - 1));
+    I32x16 zero = set_i32(center_of(t.w));
     if (t.w.zero_point != nullptr) zero = load_zero_points(t.w, segment.group, t.panels.index[p]);
     I32x16 correction = set_i32(0);
     if (t.corrected) {
@@ -146,29 +140,46 @@ HALFBYTE_INLINE int32_t row_offset(const Int8Tile& t, int64_t row, const Segment
   }
 }
 
-// dots = m * dots - offset
-template <int Rows, int Panels>
-HALFBYTE_INLINE void subtract_offsets(const Int8Tile& t, int64_t row, const Segment& segment,
-                                      I32x16 (&dots)[Rows][Panels]) {
-  int32_t offsets[Rows][Panels][kPanel];
-  load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
-  unroll<Rows>([&](auto r) {
-    unroll<Panels>([&](auto p) {
-      if (is_binary(t.w)) dots[r][p] = add_i32(dots[r][p], dots[r][p]);
-      dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p]));
-    });
-  });
-}
-
-// The sums of a symmetric chunk begin at -offset, so that its end costs no subtraction. Not so those of binary weights,
-// which are doubled there.
+// The sums of a chunk begin at -z*sum(a), so that its end has nothing to take off. Not so where that is no multiple of m,
+// or not all of it.
 template <int Rows, int Panels>
 HALFBYTE_INLINE void begin_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
-  const bool symmetric = is_symmetric(t) && !is_binary(t.w);
-  unroll<Rows>([&](auto r) {
-    const I32x16 from = set_i32(symmetric ? -row_offset(t, row + r, segment) : 0);
-    unroll<Panels>([&](auto p) { dots[r][p] = from; });
-  });
+  const bool at_end = t.corrected || is_binary(t.w);
+  const int32_t* sum = t.x.chunk_sum + row * t.chunks + segment.chunk;
+  if (t.w.zero_point == nullptr || at_end) {
+    const int32_t center = at_end ? 0 : -center_of(t.w);
+    unroll<Rows>([&](auto r) {
+      const I32x16 from = set_i32(center * sum[r * t.chunks]);
+      unroll<Panels>([&](auto p) { dots[r][p] = from; });
+    });
+  } else {
+    unroll<Panels>([&](auto p) {
+      const I32x16 zero = sub_i32(set_i32(0), load_zero_points(t.w, segment.group, t.panels.index[p]));
+      unroll<Rows>([&](auto r) { dots[r][p] = mul_i32(zero, set_i32(sum[r * t.chunks])); });
+    });
+  }
+}
+
+// dots = t, from what `begin_chunk` and the products made of them.
+template <int Rows, int Panels>
+HALFBYTE_INLINE void end_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
+  const bool binary = is_binary(t.w);
+  if (!t.corrected && !binary) return;
+  if (binary) {
+    unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = add_i32(dots[r][p], dots[r][p]); }); });
+  }
+  if (t.corrected) {
+    int32_t offsets[Rows][Panels][kPanel];
+    load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
+    unroll<Rows>([&](auto r) {
+      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p])); });
+    });
+  } else {
+    const int32_t* sum = t.x.chunk_sum + row * t.chunks + segment.chunk;
+    unroll<Rows>([&](auto r) {
+      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], set_i32(sum[r * t.chunks])); });
+    });
+  }
 }
 
 // acc[row, panel] = fma(scale, float(t), acc), where `dots` holds t.
@@ -210,7 +221,7 @@ void int8_row_tile(const Int8Tile& t, int64_t row, Cursor cursor, int64_t k_end,
     offset += units * unit_bytes(Bits);
     a += segment.inputs;
     if (segment.last) {
-      if (!is_symmetric(t) || is_binary(t.w)) subtract_offsets<Rows, Panels>(t, row, segment, dots);
+      end_chunk<Rows, Panels>(t, row, segment, dots);
       fold_dots<Rows, Panels>(t, row, segment, dots);
     } else {
       unroll<Rows>(

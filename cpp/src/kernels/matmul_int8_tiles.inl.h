@@ -82,11 +82,11 @@ TiledBlock tiled_block(const Int8Tile& t, Cursor cursor, int64_t k_end, int64_t 
 template <int Rows>
 HALFBYTE_INLINE void fold_sums(const Int8Tile& t, int64_t row, const Segment& segment, const int32_t* sums) {
   I32x16 dots[Rows][kPair];
+  begin_chunk<Rows, kPair>(t, row, segment, dots);
   unroll<Rows>([&](auto r) {
-    const I32x16 offset = set_i32(is_symmetric(t) && !is_binary(t.w) ? row_offset(t, row + r, segment) : 0);
-    unroll<kPair>([&](auto p) { dots[r][p] = sub_i32(load_i32(sums + p * kTileSums + r * kPanel), offset); });
+    unroll<kPair>([&](auto p) { dots[r][p] = add_i32(dots[r][p], load_i32(sums + p * kTileSums + r * kPanel)); });
   });
-  if (!is_symmetric(t) || is_binary(t.w)) subtract_offsets<Rows, kPair>(t, row, segment, dots);
+  end_chunk<Rows, kPair>(t, row, segment, dots);
   fold_dots<Rows, kPair>(t, row, segment, dots);
 }
 
