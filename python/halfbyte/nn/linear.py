@@ -54,29 +54,32 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
+        buffers = self._buffers  # attribute access would look for each name in three places
+        qweight, scale = buffers["qweight"], buffers["scale"]
+        assert qweight is not None and scale is not None
         if self.scheme.activation is None:
             return ops.linear_weight_only(
                 x,
-                self.qweight,
-                self.scale,
-                self.zero_point,
-                self.bias,
+                qweight,
+                scale,
+                buffers["zero_point"],
+                self._parameters["bias"],
                 bits=self.bits,
                 out_features=self.out_features,
                 group_size=self.group_size,
-                codebook=self.codebook,
+                codebook=buffers["codebook"],
             )
         return ops.linear_int8(
             self.clipped_input(x),
-            self.qweight,
-            self.scale,
-            self.zero_point,
-            self.bias,
+            qweight,
+            scale,
+            buffers["zero_point"],
+            self._parameters["bias"],
             bits=self.bits,
             out_features=self.out_features,
             group_size=self.group_size,
-            act_scale=self.act_scale,
-            act_zero_point=self.act_zero_point,
+            act_scale=buffers["act_scale"],
+            act_zero_point=buffers["act_zero_point"],
         )
 
     def extra_repr(self) -> str:

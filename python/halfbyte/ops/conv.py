@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.convolution import ConvGeometry
+from halfbyte.ops.autograd import skipped_autograd
 from halfbyte.ops.checks import check_bits, check_codebook, check_float
 from halfbyte.ops.linear import check_single, check_weight, dequantized_weight
 
@@ -124,32 +125,33 @@ def conv_int8(
         expected = (x.shape[0], out_channels, *g.output_size(x.shape[2:]))
         if residual.shape != expected:
             raise ValueError(f"residual has shape {tuple(residual.shape)}; the result has {expected}")
-    y: Tensor = _conv_int8(
-        x,
-        qweight,
-        scale,
-        zero_point,
-        bias,
-        bits,
-        out_channels,
-        group,
-        g.kernel_size,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.output_padding,
-        groups,
-        transposed,
-        act_scale,
-        act_zero_point,
-        out_scale,
-        out_zero_point,
-        out_min,
-        out_max,
-        residual,
-        residual_scale,
-        residual_zero_point,
-    )
+    with skipped_autograd(x, bias):
+        y: Tensor = _conv_int8(
+            x,
+            qweight,
+            scale,
+            zero_point,
+            bias,
+            bits,
+            out_channels,
+            group,
+            g.kernel_size,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.output_padding,
+            groups,
+            transposed,
+            act_scale,
+            act_zero_point,
+            out_scale,
+            out_zero_point,
+            out_min,
+            out_max,
+            residual,
+            residual_scale,
+            residual_zero_point,
+        )
     return y
 
 

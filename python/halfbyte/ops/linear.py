@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.functional import dequantize_codebook
+from halfbyte.ops.autograd import skipped_autograd
 from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_float, check_group_size
 from halfbyte.ops.elementwise import dequantize
 from halfbyte.ops.packing import packed_shape, unpack
@@ -65,9 +66,14 @@ def linear_weight_only(
         tensor([[1.],
                 [1.]])
     """
-    group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
-    check_codebook(codebook, bits, zero_point)
-    y: Tensor = _linear_weight_only(x, qweight, scale, zero_point, bias, bits, out_features, group, codebook)
+    try:
+        group = _group(x, group_size)
+        with skipped_autograd(x, bias):
+            y: Tensor = _linear_weight_only(x, qweight, scale, zero_point, bias, bits, out_features, group, codebook)
+    except Exception:
+        _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+        check_codebook(codebook, bits, zero_point)
+        raise
     return y
 
 
@@ -112,14 +118,16 @@ def linear_int8(
         >>> hb.ops.linear_int8(torch.ones(1, 4), qweight, torch.tensor([[0.5]]), out_features=1)
         tensor([[37.5000]])
     """
-    group = _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
-    if act_scale is not None:
-        check_single(act_scale, "act_scale", torch.float32)
-    if act_zero_point is not None:
-        if act_scale is None:
-            raise ValueError("act_zero_point is given without act_scale; pass both, or neither for dynamic activations")
-        check_single(act_zero_point, "act_zero_point", torch.int32)
-    y: Tensor = _linear_int8(x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point)
+    try:
+        group = _group(x, group_size)
+        with skipped_autograd(x, bias):
+            y: Tensor = _linear_int8(
+                x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point
+            )
+    except Exception:
+        _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+        check_activation(act_scale, act_zero_point)
+        raise
     return y
 
 
@@ -180,21 +188,28 @@ def _check(
     bits: int,
     out_features: int,
     group_size: int | None,
-) -> int:
-    """Checks the operands of a linear layer; returns the group size as a number."""
+) -> None:
+    """Raises what is wrong with the operands of a linear layer, in its caller's words.
+
+    The operators check the same without any: Python looks again only when they have refused, and where shapes are all
+    that there is.
+    """
     check_float(x, "x")
     check_bits(bits)
     if x.dim() == 0:
         raise ValueError("x has no dimensions; it needs [..., in_features]")
     in_features = x.shape[-1]
-    group = max(in_features, 1) if group_size is None else group_size
+    group = _group(x, group_size)
     if scale.dim() == 2 and group > 0 and in_features % group != 0:
         raise ValueError(
             f"x has {in_features} features in its last dimension; the weight takes in_features={scale.shape[0] * group}"
         )
     check_group_size(group, in_features, "x")
     check_weight(qweight, scale, zero_point, bias, bits, out_features, in_features, group)
-    return group
+
+
+def _group(x: Tensor, group_size: int | None) -> int:
+    return max(x.shape[-1], 1) if group_size is None else group_size
 
 
 def check_weight(
@@ -232,6 +247,16 @@ def check_weight(
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs ({out_features},)")
 
 
+def check_activation(act_scale: Tensor | None, act_zero_point: Tensor | None) -> None:
+    """Raises unless the qparams of static activations are both there, of one element each, or both absent."""
+    if act_scale is not None:
+        check_single(act_scale, "act_scale", torch.float32)
+    if act_zero_point is not None:
+        if act_scale is None:
+            raise ValueError("act_zero_point is given without act_scale; pass both, or neither for dynamic activations")
+        check_single(act_zero_point, "act_zero_point", torch.int32)
+
+
 def check_single(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
     """Raises unless a tensor of qparams has one element of `dtype`."""
     if tensor.dtype is not dtype:
@@ -255,6 +280,8 @@ def _linear_weight_only_fake(
     group_size: int,
     codebook: Tensor | None = None,
 ) -> Tensor:
+    _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+    check_codebook(codebook, bits, zero_point)
     return _output_like(x, out_features)
 
 
@@ -270,6 +297,8 @@ def _linear_int8_fake(
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
 ) -> Tensor:
+    _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
+    check_activation(act_scale, act_zero_point)
     return _output_like(x, out_features)
 
 
