@@ -236,9 +236,9 @@ def test_opcheck() -> None:
     x, scale = torch.randn(4, 64, requires_grad=True), torch.full((4,), 0.1, requires_grad=True)
     zero_point = torch.zeros(4, requires_grad=True)
     op = torch.ops.halfbyte
-    torch.library.opcheck(op.fake_quantize_learned.default, (x, scale, zero_point, -8, 7, 0, None, 0.5))
+    torch.library.opcheck(op.fake_quantize_learned.default, (x, scale, zero_point, -8, 7, 0, None, 1, 0.5))
     plain = torch.randn(4, 64), torch.randn(4, 64), torch.full((4, 2), 0.1), torch.zeros(4, 2)
-    torch.library.opcheck(op.fake_quantize_learned_backward.default, (*plain, -8, 7, None, 32, 1.0))
+    torch.library.opcheck(op.fake_quantize_learned_backward.default, (*plain, -8, 7, None, 32, 2, 1.0))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -14,7 +14,8 @@ struct Nearest {
 
 class Codebook {
  public:
-  explicit Codebook(const SearchOptions& options) : count_(options.codebook_entries), values_(options.codebook) {
+  explicit Codebook(const SearchOptions& options) : Codebook(options.codebook, options.codebook_entries) {}
+  Codebook(const float* values, int count) : count_(count), values_(values) {
     for (int i = 1; i < count_; ++i) between_[i] = 0.5f * (values_[i - 1] + values_[i]);
   }
 

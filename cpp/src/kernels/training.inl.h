@@ -1,27 +1,23 @@
-// The gradient of learned fake-quantize over sixteen lanes. Bound by memory: 14 vector operations for the 192 bytes of
+// The gradients of learned fake-quantize over sixteen lanes. Bound by memory: 14 vector operations for the 192 bytes of
 // sixteen float32 elements that are read or written.
 #pragma once
+#include <limits>
+
+#include "codebook.inl.h"
 #include "elementwise.inl.h"
 #include "halfbyte/training.h"
+#include "lane_mask.inl.h"
 
 namespace halfbyte {
 namespace {
 namespace elementwise {
-
-// `yes` where a == b, else `no`; NaN equals nothing.
-inline Lanes where_equal(const Lanes& a, const Lanes& b, const Lanes& yes, const Lanes& no) {
-  Lanes lanes;
-  for (int i = 0; i < kBatches; ++i) {
-    lanes.batch[i] = xsimd::select(a.batch[i] == b.batch[i], yes.batch[i], no.batch[i]);
-  }
-  return lanes;
-}
 
 // What sixteen elements contribute to the three gradients.
 struct LearnedGradient {
   Lanes x, scale, zero_point;
 };
 
+template <Estimator E>
 inline LearnedGradient learned_gradient(const Lanes& x, const Lanes& grad, const Lanes& inverse_scale,
                                         const Lanes& lowest, const Lanes& highest) {
   const Lanes zero = broadcast(0.f), one = broadcast(1.f);
@@ -29,9 +25,9 @@ inline LearnedGradient learned_gradient(const Lanes& x, const Lanes& grad, const
   // The two clamps of fake_quantize: rounding by addition needs the first, the second tells what lies outside.
   const Lanes rounded = round_small(clamp(scaled, lowest - one, highest + one));
   const Lanes code = clamp(rounded, lowest, highest);
-  return {.x = where_equal(code, rounded, grad, zero),
-          .scale = grad * (code - where_equal(code, rounded, scaled, zero)),
-          .zero_point = where_equal(code, rounded, zero, grad)};
+  const LaneMask inside = E == Estimator::kRounded ? equal(code, rounded) : less(lowest, scaled, highest);
+  const Lanes error = E == Estimator::kPact ? select(inside, zero, code) : code - select(inside, scaled, zero);
+  return {.x = select(inside, grad, zero), .scale = grad * error, .zero_point = select(inside, zero, grad)};
 }
 
 // Calls step(load_x, load_grad, i) and stores what it returns as grad_x, for each sixteen of `count` elements. Past the
@@ -50,7 +46,7 @@ inline void for_each_gradient(const Element<Type>* x, const Element<Type>* grad,
   out.copy_to(grad_x + i, count - i);
 }
 
-template <FloatType Type>
+template <FloatType Type, Estimator E>
 void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const AffineGrid& grid, int64_t block_begin,
                            int64_t block_end, const GradientSums& sums) {
   const auto* in = static_cast<const Element<Type>*>(x);
@@ -68,7 +64,7 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
     for_each_gradient<Type>(
         in + begin, upstream + begin, out + begin, std::min(kGradientBlock, grid.run_length - offset),
         [&](const Lanes& value, const Lanes& gradient, int64_t) {
-          const LearnedGradient part = learned_gradient(value, gradient, inverse_scale, lowest, highest);
+          const LearnedGradient part = learned_gradient<E>(value, gradient, inverse_scale, lowest, highest);
           scale_sum = scale_sum + part.scale;
           zero_point_sum = zero_point_sum + part.zero_point;
           return part.x;
@@ -83,7 +79,7 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
   }
 }
 
-template <FloatType Type>
+template <FloatType Type, Estimator E>
 void learned_gradient_columns(const void* x, const void* grad, void* grad_x, const ColumnGrid& grid, int64_t count,
                               int64_t columns, int64_t row_begin, int64_t row_end, int64_t column_begin,
                               int64_t column_end, const GradientSums& sums) {
@@ -101,13 +97,94 @@ void learned_gradient_columns(const void* x, const void* grad, void* grad_x, con
     for_each_gradient<Type>(
         in + begin, upstream + begin, out + begin, length, [&](const Lanes& value, const Lanes& gradient, int64_t i) {
           const int64_t at = column_begin + i;
-          const LearnedGradient part = learned_gradient(value, gradient, load(grid.inverse_scale + at),
-                                                        load(grid.lowest + at), load(grid.highest + at));
+          const LearnedGradient part = learned_gradient<E>(value, gradient, load(grid.inverse_scale + at),
+                                                           load(grid.lowest + at), load(grid.highest + at));
           store(sums.scale + at, load(sums.scale + at) + part.scale);
           store(sums.zero_point + at, load(sums.zero_point + at) + part.zero_point);
           return part.x;
         });
   }
+}
+
+// The codebook's entries that x is rounded to, in units of the scale; NaN stays NaN.
+class CodebookRounding {
+ public:
+  explicit CodebookRounding(const CodebookGrid& grid)
+      : codebook_(grid.values, grid.entries),
+        binary_(grid.binary),
+        low_(broadcast(grid.clip_low)),
+        high_(broadcast(grid.clip_high)) {}
+
+  Lanes entry(const Lanes& x, const Lanes& scaled) const {
+    return replace_nan(x, binary_ ? sign(x) : codebook_.nearest(scaled).value, x);
+  }
+  LearnedGradient gradient(const Lanes& x, const Lanes& grad, const Lanes& inverse_scale) const {
+    const Lanes zero = broadcast(0.f), scaled = x * inverse_scale;
+    const LaneMask inside = less_equal(low_, scaled, high_);
+    const Lanes value = entry(x, scaled);
+    const Lanes error = binary_ ? value : value - select(inside, scaled, zero);
+    return {.x = select(inside, grad, zero), .scale = grad * error, .zero_point = zero};
+  }
+
+ private:
+  // By x, not by x / scale, which could underflow.
+  static Lanes sign(const Lanes& x) {
+    const Lanes one = broadcast(1.f);
+    return select(less_equal(broadcast(0.f), x, broadcast(std::numeric_limits<float>::infinity())), one,
+                  broadcast(0.f) - one);
+  }
+  Codebook codebook_;
+  bool binary_;
+  Lanes low_, high_;
+};
+
+template <FloatType Type>
+void codebook_fake_quantize(const void* x, void* y, const CodebookGrid& grid, int64_t run_begin, int64_t run_end) {
+  const CodebookRounding rounding(grid);
+  for (int64_t run = run_begin; run < run_end; ++run) {
+    const Lanes scale = broadcast(grid.scale[run]), inverse_scale = broadcast(1.f / grid.scale[run]);
+    transform(
+        static_cast<const Element<Type>*>(x) + run * grid.run_length,
+        static_cast<Element<Type>*>(y) + run * grid.run_length, grid.run_length, load_floats<Type>, store_floats<Type>,
+        [&](const Lanes& value, int64_t, int64_t) { return rounding.entry(value, value * inverse_scale) * scale; });
+  }
+}
+
+template <FloatType Type>
+void codebook_gradient(const void* x, const void* grad, void* grad_x, const CodebookGrid& grid, int64_t block_begin,
+                       int64_t block_end, float* sums) {
+  const CodebookRounding rounding(grid);
+  const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t run = block / blocks, offset = block % blocks * kGradientBlock;
+    const int64_t begin = run * grid.run_length + offset;
+    const Lanes inverse_scale = broadcast(1.f / grid.scale[run]);
+    Lanes total = broadcast(0.f);
+    for_each_gradient<Type>(
+        static_cast<const Element<Type>*>(x) + begin, static_cast<const Element<Type>*>(grad) + begin,
+        static_cast<Element<Type>*>(grad_x) + begin, std::min(kGradientBlock, grid.run_length - offset),
+        [&](const Lanes& value, const Lanes& gradient, int64_t) {
+          const LearnedGradient part = rounding.gradient(value, gradient, inverse_scale);
+          total = total + part.scale;
+          return part.x;
+        });
+    sums[block] = sum(total);
+  }
+}
+
+// Calls f with a FloatType and an Estimator as compile-time constants.
+template <class F>
+inline void with_estimator(FloatType type, Estimator estimator, F f) {
+  with_type(type, [&]<FloatType Type>() {
+    switch (estimator) {
+      case Estimator::kRounded:
+        return f.template operator()<Type, Estimator::kRounded>();
+      case Estimator::kLsq:
+        return f.template operator()<Type, Estimator::kLsq>();
+      case Estimator::kPact:
+        return f.template operator()<Type, Estimator::kPact>();
+    }
+  });
 }
 
 }  // namespace elementwise
@@ -116,19 +193,30 @@ constexpr TrainingKernels training_kernels() {
   namespace e = elementwise;
   return {
       .learned_gradient_runs =
-          [](const void* x, const void* grad, void* grad_x, FloatType type, const AffineGrid& grid, int64_t block_begin,
-             int64_t block_end, const GradientSums& sums) {
-            e::with_type(type, [&]<FloatType T>() {
-              e::learned_gradient_runs<T>(x, grad, grad_x, grid, block_begin, block_end, sums);
+          [](const void* x, const void* grad, void* grad_x, FloatType type, const AffineGrid& grid, Estimator estimator,
+             int64_t block_begin, int64_t block_end, const GradientSums& sums) {
+            e::with_estimator(type, estimator, [&]<FloatType T, Estimator E>() {
+              e::learned_gradient_runs<T, E>(x, grad, grad_x, grid, block_begin, block_end, sums);
             });
           },
       .learned_gradient_columns =
-          [](const void* x, const void* grad, void* grad_x, FloatType type, const ColumnGrid& grid, int64_t count,
-             int64_t columns, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
-             const GradientSums& sums) {
+          [](const void* x, const void* grad, void* grad_x, FloatType type, const ColumnGrid& grid, Estimator estimator,
+             int64_t count, int64_t columns, int64_t row_begin, int64_t row_end, int64_t column_begin,
+             int64_t column_end, const GradientSums& sums) {
+            e::with_estimator(type, estimator, [&]<FloatType T, Estimator E>() {
+              e::learned_gradient_columns<T, E>(x, grad, grad_x, grid, count, columns, row_begin, row_end, column_begin,
+                                                column_end, sums);
+            });
+          },
+      .codebook_fake_quantize =
+          [](const void* x, void* y, FloatType type, const CodebookGrid& grid, int64_t run_begin, int64_t run_end) {
+            e::with_type(type, [&]<FloatType T>() { e::codebook_fake_quantize<T>(x, y, grid, run_begin, run_end); });
+          },
+      .codebook_gradient =
+          [](const void* x, const void* grad, void* grad_x, FloatType type, const CodebookGrid& grid,
+             int64_t block_begin, int64_t block_end, float* sums) {
             e::with_type(type, [&]<FloatType T>() {
-              e::learned_gradient_columns<T>(x, grad, grad_x, grid, count, columns, row_begin, row_end, column_begin,
-                                             column_end, sums);
+              e::codebook_gradient<T>(x, grad, grad_x, grid, block_begin, block_end, sums);
             });
           },
   };

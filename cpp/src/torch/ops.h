@@ -32,11 +32,16 @@ std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor impor
 
 // training_ops.cpp
 Tensor fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
-                             OptionalInt group_size, double grad_factor);
+                             OptionalInt group_size, int64_t estimator, double grad_factor);
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
                                                                   Tensor zero_point, int64_t qmin, int64_t qmax,
                                                                   OptionalInt axis, OptionalInt group_size,
-                                                                  double grad_factor);
+                                                                  int64_t estimator, double grad_factor);
+Tensor fake_quantize_codebook(Tensor x, Tensor scale, Tensor values, int64_t group_size, bool binary, double clip_low,
+                              double clip_high, double grad_factor);
+std::tuple<Tensor, Tensor> fake_quantize_codebook_backward(Tensor grad, Tensor x, Tensor scale, Tensor values,
+                                                           int64_t group_size, bool binary, double clip_low,
+                                                           double clip_high, double grad_factor);
 
 // histogram_ops.cpp: returns the number of NaN; if there are any, counts stay as they are.
 Tensor histogram_update_(Tensor counts, Tensor x, double low, double high);

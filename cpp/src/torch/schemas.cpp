@@ -23,10 +23,17 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "int grid, float max_shrink, ScalarType scale_dtype, Tensor? codebook=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis, "
-      "int? group_size, float grad_factor) -> Tensor");
+      "int? group_size, int estimator, float grad_factor) -> Tensor");
   m.def(
       "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, "
-      "int? axis, int? group_size, float grad_factor) -> (Tensor, Tensor, Tensor)");
+      "int? axis, int? group_size, int estimator, float grad_factor) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fake_quantize_codebook(Tensor x, Tensor scale, Tensor values, int group_size, bool binary, float clip_low, "
+      "float clip_high, float grad_factor) -> Tensor");
+  m.def(
+      "fake_quantize_codebook_backward(Tensor grad, Tensor x, Tensor scale, Tensor values, int group_size, bool "
+      "binary, "
+      "float clip_low, float clip_high, float grad_factor) -> (Tensor, Tensor)");
   m.def("histogram_update_(Tensor(a!) counts, Tensor x, float low, float high) -> Tensor");
   m.def("search_histogram(Tensor counts, float low, float high, int qmin, int qmax, bool symmetric) -> Tensor");
   m.def("pack(Tensor codes, int bits) -> Tensor");
@@ -89,6 +96,8 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("search_qparams", TORCH_BOX(&search_qparams));
   m.impl("fake_quantize_learned", TORCH_BOX(&fake_quantize_learned));
   m.impl("fake_quantize_learned_backward", TORCH_BOX(&fake_quantize_learned_backward));
+  m.impl("fake_quantize_codebook", TORCH_BOX(&fake_quantize_codebook));
+  m.impl("fake_quantize_codebook_backward", TORCH_BOX(&fake_quantize_codebook_backward));
   m.impl("histogram_update_", TORCH_BOX(&histogram_update_));
   m.impl("search_histogram", TORCH_BOX(&search_histogram));
   m.impl("pack", TORCH_BOX(&pack));

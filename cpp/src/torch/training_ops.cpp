@@ -1,4 +1,5 @@
-// fake_quantize_learned and its gradient: zero points as integers, fixed blocks over threads, sums in float64.
+// fake_quantize_learned, fake_quantize_codebook and their gradients: checks, zero points as integers, fixed blocks over
+// threads, sums in float64.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -39,6 +40,7 @@ struct Gradients {
   void* grad_x;
   FloatType type;
   int64_t count;
+  Estimator estimator;
 };
 
 // The sums of each channel, in float64.
@@ -75,7 +77,7 @@ ChannelSums gradients_by_runs(const Gradients& tensors, const AffineGrid& grid) 
   const GradientSums sums = {scale.data(), zero_point.data()};
   const auto kernel = kernels().training.learned_gradient_runs;
   parallel_for(runs * blocks, kGrain / std::min(kGradientBlock, grid.run_length), [&](int64_t begin, int64_t end) {
-    kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, grid, begin, end, sums);
+    kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, grid, tensors.estimator, begin, end, sums);
   });
   return fold(scale, zero_point, grid.channels, runs / grid.channels * blocks,
               [&](int64_t channel, int64_t k) { return (k / blocks * grid.channels + channel) * blocks + k % blocks; });
@@ -106,8 +108,8 @@ ChannelSums gradients_by_columns(const Gradients& tensors, const AffineGrid& gri
   parallel_for(row_blocks * strips, kGrain / item, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / strips, row = block * kGradientRows, column = i % strips * kStrip;
-      kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, column_grid, tensors.count, columns, row,
-             std::min(rows, row + kGradientRows), column, std::min(columns, column + kStrip),
+      kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, column_grid, tensors.estimator, tensors.count,
+             columns, row, std::min(rows, row + kGradientRows), column, std::min(columns, column + kStrip),
              {scale.data() + block * stride, zero_point.data() + block * stride});
     }
   });
@@ -119,20 +121,49 @@ ChannelSums gradients_by_columns(const Gradients& tensors, const AffineGrid& gri
   });
 }
 
+// What the codebook kernels read, and what backs it.
+class CodebookOperands {
+ public:
+  CodebookOperands(const Tensor& x, const Tensor& scale, const Tensor& values, int64_t group_size, bool binary,
+                   double clip_low, double clip_high)
+      : scale_(as_contiguous(scale)), values_(as_contiguous(values)), runs_(runs_of(x, {}, group_size).channels) {
+    check_type(scale, ScalarType::Float, "scale");
+    check_type(values, ScalarType::Float, "values");
+    check(scale.numel() == runs_, "scale has ", scale.numel(), " elements; ", runs_, " are needed");
+    check(values.numel() >= 2 && values.numel() <= kCodebookEntries, "values has ", values.numel(),
+          " entries, not 2 to ", kCodebookEntries);
+    grid_ = {.scale = static_cast<const float*>(scale_.const_data_ptr()),
+             .values = static_cast<const float*>(values_.const_data_ptr()),
+             .entries = static_cast<int>(values.numel()),
+             .binary = binary,
+             .clip_low = static_cast<float>(clip_low),
+             .clip_high = static_cast<float>(clip_high),
+             .run_length = group_size};
+  }
+  const CodebookGrid& grid() const { return grid_; }
+  int64_t runs() const { return runs_; }
+
+ private:
+  Tensor scale_, values_;
+  int64_t runs_;
+  CodebookGrid grid_;
+};
+
 }  // namespace
 
 Tensor fake_quantize_learned(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax, OptionalInt axis,
-                             OptionalInt group_size, double) {
+                             OptionalInt group_size, int64_t, double) {
   return fake_quantize(x, scale, rounded_zero_point(zero_point, qmin, qmax), qmin, qmax, axis, group_size);
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
                                                                   Tensor zero_point, int64_t qmin, int64_t qmax,
                                                                   OptionalInt axis, OptionalInt group_size,
-                                                                  double grad_factor) {
+                                                                  int64_t estimator, double grad_factor) {
   const FloatType type = float_type(x, "x");
   check_type(grad, x.scalar_type(), "grad");
   check_type(scale, ScalarType::Float, "scale");
+  check(estimator >= 0 && estimator <= static_cast<int64_t>(Estimator::kPact), "estimator=", estimator, " is unknown");
   check(grad.numel() == x.numel(), "grad has ", grad.numel(), " elements, x has ", x.numel());
   const Runs runs = runs_of(x, axis, group_size);
   check(scale.numel() == runs.channels && zero_point.numel() == runs.channels, "scale has ", scale.numel(),
@@ -149,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
                            .qmin = static_cast<int32_t>(qmin),
                            .qmax = static_cast<int32_t>(qmax),
                            .inverse_scale = nullptr};
-  const Gradients tensors = {input.const_data_ptr(), upstream.const_data_ptr(), grad_x.mutable_data_ptr(), type,
-                             input.numel()};
+  const Gradients tensors = {input.const_data_ptr(), upstream.const_data_ptr(),        grad_x.mutable_data_ptr(), type,
+                             input.numel(),          static_cast<Estimator>(estimator)};
   const bool columns = axis && runs.run_length < kShortRun;
   const ChannelSums sums = tensors.count == 0 ? ChannelSums(runs.channels)
                            : columns          ? gradients_by_columns(tensors, grid)
@@ -163,6 +194,48 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
     zero_point_out[c] = static_cast<float>(-grad_factor * static_cast<double>(grid.scale[c]) * sums.zero_point[at]);
   }
   return {grad_x, grad_scale, grad_zero_point};
+}
+
+Tensor fake_quantize_codebook(Tensor x, Tensor scale, Tensor values, int64_t group_size, bool binary, double clip_low,
+                              double clip_high, double) {
+  const FloatType type = float_type(x, "x");
+  const CodebookOperands operands(x, scale, values, group_size, binary, clip_low, clip_high);
+  const Tensor input = as_contiguous(x);
+  Tensor y = new_tensor(input, input.sizes(), input.scalar_type());
+  const void* in = input.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  const auto kernel = kernels().training.codebook_fake_quantize;
+  parallel_for(operands.runs(), kGrain / group_size,
+               [&](int64_t begin, int64_t end) { kernel(in, out, type, operands.grid(), begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_codebook_backward(Tensor grad, Tensor x, Tensor scale, Tensor values,
+                                                           int64_t group_size, bool binary, double clip_low,
+                                                           double clip_high, double grad_factor) {
+  const FloatType type = float_type(x, "x");
+  check_type(grad, x.scalar_type(), "grad");
+  check(grad.numel() == x.numel(), "grad has ", grad.numel(), " elements, x has ", x.numel());
+  const CodebookOperands operands(x, scale, values, group_size, binary, clip_low, clip_high);
+  const Tensor input = as_contiguous(x), upstream = as_contiguous(grad);
+  Tensor grad_x = new_tensor(input, input.sizes(), input.scalar_type());
+  Tensor grad_scale = new_tensor(scale, scale.sizes(), ScalarType::Float);
+  const void* in = input.const_data_ptr();
+  const void* gradient = upstream.const_data_ptr();
+  void* out = grad_x.mutable_data_ptr();
+  auto* scale_out = static_cast<float*>(grad_scale.mutable_data_ptr());
+  const int64_t blocks = ceil_div(group_size, kGradientBlock);  // of one run
+  std::vector<float> sums(static_cast<size_t>(operands.runs() * blocks));
+  const auto kernel = kernels().training.codebook_gradient;
+  parallel_for(
+      operands.runs() * blocks, kGrain / std::min(kGradientBlock, group_size),
+      [&](int64_t begin, int64_t end) { kernel(in, gradient, out, type, operands.grid(), begin, end, sums.data()); });
+  for (int64_t run = 0; run < operands.runs(); ++run) {
+    double total = 0;
+    for (int64_t k = 0; k < blocks; ++k) total += static_cast<double>(sums[static_cast<size_t>(run * blocks + k)]);
+    scale_out[run] = static_cast<float>(grad_factor * total);
+  }
+  return {grad_x, grad_scale};
 }
 
 }  // namespace halfbyte::ops

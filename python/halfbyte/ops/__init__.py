@@ -21,7 +21,13 @@ from halfbyte.ops.gptq import (
     hessian_update_,
 )
 from halfbyte.ops.histogram import grow_histogram, histogram_update_, search_histogram
-from halfbyte.ops.learned import fake_quantize_learned
+from halfbyte.ops.learned import Estimator, fake_quantize_learned, fake_quantize_learned_gradients
+from halfbyte.ops.learned_codebook import (
+    fake_quantize_binary,
+    fake_quantize_binary_gradients,
+    fake_quantize_codebook,
+    fake_quantize_codebook_gradients,
+)
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
 from halfbyte.ops.recurrent import Cell, Projection, recurrent, recurrent_cell
@@ -29,6 +35,7 @@ from halfbyte.ops.recurrent import Cell, Projection, recurrent, recurrent_cell
 __all__ = [
     "BagMode",
     "Cell",
+    "Estimator",
     "Layout",
     "Projection",
     "conv_int8",
@@ -38,7 +45,12 @@ __all__ = [
     "embedding_bag_weight_only",
     "embedding_weight_only",
     "fake_quantize",
+    "fake_quantize_binary",
+    "fake_quantize_binary_gradients",
+    "fake_quantize_codebook",
+    "fake_quantize_codebook_gradients",
     "fake_quantize_learned",
+    "fake_quantize_learned_gradients",
     "fake_quantize_mask",
     "gptq_polish",
     "gptq_round",

@@ -17,6 +17,15 @@ def check_float(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; use float32, bfloat16 or float16 (x.float() converts)")
 
 
+def check_gradient(grad: Tensor, x: Tensor) -> None:
+    """Raises unless `grad` can be the gradient of a result like `x`."""
+    check_float(grad, "grad")
+    if grad.shape != x.shape or grad.dtype != x.dtype:
+        raise ValueError(
+            f"grad has shape {tuple(grad.shape)} and dtype {grad.dtype}; x has {tuple(x.shape)} and {x.dtype}: they must agree"
+        )
+
+
 def check_codes(q: Tensor, name: str, allowed: tuple[torch.dtype, ...]) -> None:
     """Raises TypeError unless `q` is a tensor of one of the integer dtypes."""
     if not isinstance(q, Tensor):

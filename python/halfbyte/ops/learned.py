@@ -1,21 +1,25 @@
 """Fake-quantize whose scale and zero point are trained with the weights.
 
-LSQ (arXiv:1902.08153) learns the scale, LSQ+ (arXiv:2004.09576) the zero point as well. All three gradients come from one
-pass over `x` and the upstream gradient; nothing but `x` is saved.
+LSQ (arXiv:1902.08153) learns the scale, LSQ+ (arXiv:2004.09576) the zero point as well, PACT (arXiv:1805.06085) where
+activations are cut off. All three gradients come from one pass over `x` and the upstream gradient; nothing but `x` is saved.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from halfbyte import _extension  # registers torch.ops.halfbyte
-from halfbyte.ops.checks import check_float, check_range, qparams_shape
+from halfbyte.ops.checks import check_float, check_gradient, check_range, qparams_shape
 
-__all__ = ["fake_quantize_learned"]
+__all__ = ["Estimator", "fake_quantize_learned", "fake_quantize_learned_gradients"]
+
+Estimator: TypeAlias = Literal["rounded", "lsq", "pact"]
+_ESTIMATORS: tuple[str, ...] = get_args(Estimator)  # in the order of Estimator in training.h
 
 _extension.check_extension()
 
@@ -32,6 +36,7 @@ def fake_quantize_learned(
     qmax: int,
     axis: int | None = None,
     group_size: int | None = None,
+    estimator: Estimator = "rounded",
     grad_factor: float = 1.0,
 ) -> Tensor:
     """Rounds `x` to the values that its quantized form can hold; differentiable in `x`, `scale` and `zero_point`.
@@ -43,6 +48,10 @@ def fake_quantize_learned(
     `..._per_channel_affine` compute, but for what they round otherwise than their forward: a negative zero point, and
     `round(v + zero_point)` at ties. Sums are equal bit for bit for any number of threads.
 
+    The papers clamp before they round, so what lies within half a step past either end counts as clamped for them:
+    `estimator="lsq"` gives the gradients of LSQ and LSQ+ as published, "pact" those of PACT, whose scale learns from what is
+    clamped alone (its clipping value is `qmax * scale`).
+
     Args:
         x: Any shape; float32, bfloat16 or float16. NaN gives NaN in the gradient of `scale`.
         scale: Positive; the shape that the granularity asks for. Computed with in float32.
@@ -51,6 +60,7 @@ def fake_quantize_learned(
         qmax: Largest code.
         axis: Dimension whose indices have their own scale.
         group_size: Elements of the last dimension that share a scale.
+        estimator: "rounded" clamps codes; "lsq" and "pact" clamp `v` where `qmin - zero_point < v < qmax - zero_point` fails.
         grad_factor: Factor of the gradients of `scale` and `zero_point`; LSQ's is `1 / sqrt(n * qmax)` for `n` elements
             that share a scale.
 
@@ -71,18 +81,73 @@ def fake_quantize_learned(
         >>> scale.grad  # (1 - 1.2) - 8 + 7
         tensor(-1.2000)
     """
+    arguments = _arguments(x, scale, zero_point, qmin, qmax, axis, group_size, estimator, grad_factor)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, scale, zero_point))
+    function = _Learned.apply if trains and not torch.compiler.is_compiling() else _fake_quantize_learned
+    y: Tensor = function(*arguments)  # type: ignore[no-untyped-call]
+    return y
+
+
+def fake_quantize_learned_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    estimator: Estimator = "rounded",
+    grad_factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `fake_quantize_learned`, for functions of one's own that save less than autograd would.
+
+    Args:
+        grad: Gradient of the result, of the shape and dtype of `x`.
+        x, scale, zero_point, qmin, qmax, axis, group_size, estimator, grad_factor: As for `fake_quantize_learned`.
+
+    Returns:
+        Gradients of `x`, in its dtype, and of `scale` and `zero_point`, in float32.
+
+    Raises:
+        TypeError: Wrong dtype.
+        ValueError: Shapes, ranges or granularity do not fit.
+
+    Example:
+        >>> import torch, halfbyte as hb
+        >>> x, one = torch.tensor([0.12, -0.9, 3.0]), torch.ones(3)
+        >>> hb.ops.fake_quantize_learned_gradients(one, x, torch.tensor(0.1), torch.tensor(0.0), qmin=-8, qmax=7)
+        (tensor([1., 0., 0.]), tensor(-1.2000), tensor(-0.2000))
+    """
+    check_gradient(grad, x)
+    arguments = _arguments(x, scale, zero_point, qmin, qmax, axis, group_size, estimator, grad_factor)
+    gradients: tuple[Tensor, Tensor, Tensor] = _fake_quantize_learned_backward(grad, *arguments)
+    return gradients
+
+
+def _arguments(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    group_size: int | None,
+    estimator: Estimator,
+    grad_factor: float,
+) -> tuple[object, ...]:
+    """What the C++ operators get, checked."""
     check_float(x, "x")
     check_range(qmin, qmax)
     if not math.isfinite(grad_factor):
         raise ValueError(f"grad_factor={grad_factor} is not finite")
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r} is unknown; use one of {', '.join(map(repr, _ESTIMATORS))}")
     shape = qparams_shape(x, axis, group_size, "x")
     scale = _check_qparam(x, scale, "scale", shape, axis, group_size)
     zero_point = _check_qparam(x, zero_point, "zero_point", shape, axis, group_size)
-    arguments = (x, scale, zero_point, qmin, qmax, axis, group_size, grad_factor)
-    trains = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad)
-    function = _Learned.apply if trains and not torch.compiler.is_compiling() else _fake_quantize_learned
-    y: Tensor = function(*arguments)  # type: ignore[no-untyped-call]
-    return y
+    return x, scale, zero_point, qmin, qmax, axis, group_size, _ESTIMATORS.index(estimator), grad_factor
 
 
 def _check_qparam(
@@ -110,6 +175,7 @@ def _fake_quantize_learned_fake(
     qmax: int,
     axis: int | None,
     group_size: int | None,
+    estimator: int,
     grad_factor: float,
 ) -> Tensor:
     return x.new_empty(x.shape)
@@ -124,6 +190,7 @@ def _fake_quantize_learned_backward_fake(
     qmax: int,
     axis: int | None,
     group_size: int | None,
+    estimator: int,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape), zero_point.new_empty(zero_point.shape)
@@ -141,8 +208,9 @@ def _save_inputs(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
-    gradients = _fake_quantize_learned_backward(grad, *saved, *ctx.options)  # type: ignore[attr-defined]
-    return (*gradients, None, None, None, None, None)
+    options: list[object] = ctx.options  # type: ignore[attr-defined]
+    gradients = _fake_quantize_learned_backward(grad, *saved, *options)
+    return (*gradients, *(None for _ in options))
 
 
 def _no_double_backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, ...]:

@@ -33,14 +33,14 @@ class Affine:
 
     def quantize(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """See `FakeQuantize`."""
-        memory = _Memory(x, self)
+        memory = MemoryOrder(x, self.group_size, self.per_sample)
         dense = memory.view(x.detach())
         y = ops.fake_quantize(dense, *tensors, qmin=self.qmin, qmax=self.qmax, group_size=memory.group_size)
         return memory.restore(y)
 
     def vjp(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Pullback]:
         """See `FakeQuantize`."""
-        memory = _Memory(x, self)
+        memory = MemoryOrder(x, self.group_size, self.per_sample)
         dense = memory.view(x.detach())
         y, mask = ops.fake_quantize_mask(dense, *tensors, qmin=self.qmin, qmax=self.qmax, group_size=memory.group_size)
 
@@ -51,7 +51,7 @@ class Affine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `FakeQuantize`."""
-        memory = _Memory(x, self)
+        memory = MemoryOrder(x, self.group_size, self.per_sample)
         qmin, qmax = self.qmin, self.qmax
         y = ops.fake_quantize(
             memory.view(x), self.scale, self.zero_point, qmin=qmin, qmax=qmax, group_size=memory.group_size
@@ -59,21 +59,21 @@ class Affine:
         return memory.restore(y)
 
 
-class _Memory:
+class MemoryOrder:
     """Views of tensors like `x` with their elements in the order in which they lie in memory, so that nothing is copied.
 
     Where one scale is for all of them, or for a sample, the order within does not matter: `channels_last` stays what it is.
     """
 
-    def __init__(self, x: Tensor, fake: Affine) -> None:
+    def __init__(self, x: Tensor, group_size: int | None, per_sample: bool = False) -> None:
         order = tuple(range(x.dim()))
-        if fake.group_size is None and not x.is_contiguous():
+        if group_size is None and not x.is_contiguous():
             order = tuple(sorted(order, key=lambda d: -x.stride()[d]))
-            if not x.permute(order).is_contiguous() or (fake.per_sample and order[0] != 0):
+            if not x.permute(order).is_contiguous() or (per_sample and order[0] != 0):
                 order = tuple(range(x.dim()))
         self._order, self._shape = order, [x.shape[d] for d in order]
-        self._flat = (x.shape[0], -1) if fake.per_sample else None
-        self.group_size = x.numel() // max(x.shape[0], 1) if fake.per_sample else fake.group_size
+        self._flat = (x.shape[0], -1) if per_sample else None
+        self.group_size = x.numel() // max(x.shape[0], 1) if per_sample else group_size
 
     def view(self, x: Tensor) -> Tensor:
         x = x.permute(self._order)

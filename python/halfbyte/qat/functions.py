@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from halfbyte.convolution import ConvGeometry
+from halfbyte.nn.trained_parts import with_value
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 Pullback: TypeAlias = Callable[[Tensor], Gradients]
@@ -180,3 +181,32 @@ def _pulled(back: Pullback | None, grad: Tensor | None, dtype: torch.dtype, coun
         return (None,) * (1 + count)
     grad = grad.to(dtype)
     return (grad,) if back is None else back(grad)
+
+
+class StraightThrough:
+    """Any rounding, with the gradient passed straight through everywhere.
+
+    Args:
+        rounded: The rounding.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        self._rounded = rounded
+
+    def quantize(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """See `FakeQuantize`."""
+        return self._rounded(x.detach())
+
+    def vjp(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Pullback]:
+        """See `FakeQuantize`."""
+
+        def pullback(grad: Tensor) -> Gradients:
+            return (grad,)
+
+        return self._rounded(x.detach()), pullback
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `FakeQuantize`."""
+        return with_value(x, self._rounded(x.detach()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from halfbyte.formats import CodebookFormat, FloatFormat, IntFormat, PackedForma
 from halfbyte.nn.packed_weight import WeightCodes
 from halfbyte.observers.observer import qparams_of_range
 from halfbyte.qat.affine import Affine
-from halfbyte.qat.functions import FakeQuantize, Gradients, Pullback
+from halfbyte.qat.functions import FakeQuantize, StraightThrough
+from halfbyte.qat.learned_activation import LearnedActivation, PactActivation
+from halfbyte.qat.learned_weight import LEARNED_METHODS, AbsoluteMeanWeight, LearnedMethod, LearnedWeight
 from halfbyte.qat.quantizer_base import (
     WeightQuantizer,
     all_reduced_range,
@@ -49,7 +51,7 @@ class RoundedWeight(WeightQuantizer):
         group_size = self.format.group_size(self.shape[1])
         with torch.no_grad():
             if isinstance(self.format, CodebookFormat) or self.format.binary:
-                return _Rounded(lambda w: self.codes(w).dequantize(group_size).to(w.dtype))
+                return StraightThrough(lambda w: self.codes(w).dequantize(group_size).to(w.dtype))
             grid = self._rounding.grid if isinstance(self._rounding, MSE) else 1
             per_tensor = self.format.granularity == PerTensor()
             flat = weight.detach().reshape(1, -1) if per_tensor else weight.detach()
@@ -80,32 +82,11 @@ class HalfWeight(WeightQuantizer):
 
     def fake(self, weight: Tensor) -> FakeQuantize:
         """See `WeightQuantizer`."""
-        return _Rounded(lambda w: w.to(self.dtype).to(w.dtype))
+        return StraightThrough(lambda w: w.to(self.dtype).to(w.dtype))
 
     def extra_repr(self) -> str:
         """Format, for `print(model)`."""
         return str(self.dtype)
-
-
-class _Rounded:
-    """Any rounding, with the gradient passed straight through everywhere."""
-
-    tensors: tuple[Tensor, ...] = ()
-
-    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
-        self._rounded = rounded
-
-    def quantize(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        return self._rounded(x.detach())
-
-    def vjp(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Pullback]:
-        def pullback(grad: Tensor) -> Gradients:
-            return (grad,)
-
-        return self._rounded(x.detach()), pullback
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x + (self._rounded(x.detach()) - x).detach()
 
 
 def weight_quantizer(
@@ -117,10 +98,11 @@ def weight_quantizer(
         weight_format: Format of the weight.
         shape: `(O, I)` of its matrix.
         method: "minmax" or "mse", computed from the weight at each step; "auto" is what PTQ does: min/max at 8 bits and for
-            codebooks, MSE below.
+            codebooks, MSE below. "absmean", computed as well, for ternary. Trained with the weights: "learned", and as
+            published "lsq", "lsq+", "seq" and "binary"; see `qat.LearnedWeight`.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or one that does not fit the format.
     """
     if isinstance(weight_format, FloatFormat):
         return HalfWeight(weight_format, shape)
@@ -129,8 +111,13 @@ def weight_quantizer(
         "mse": MSE(grid=32),
         "auto": default_rounding(weight_format),
     }
+    if method in LEARNED_METHODS:
+        return LearnedWeight(weight_format, shape, cast(LearnedMethod, method))
+    if method == "absmean":
+        return AbsoluteMeanWeight(weight_format, shape)
     if method not in roundings:
-        raise ValueError(f"weights={method!r} is unknown; use {', '.join(map(repr, roundings))}")
+        known = (*roundings, *LEARNED_METHODS, "absmean")
+        raise ValueError(f"weights={method!r} is unknown; use {', '.join(map(repr, known))}")
     return RoundedWeight(weight_format, shape, roundings[method])
 
 
@@ -242,15 +229,20 @@ def activation_quantizer(
 
     Args:
         activation_format: Per token or per tensor.
-        method: For static activations, "moving_average" (also "auto").
+        method: For static activations: "moving_average" (also "auto"), or trained, "learned" (LSQ, and LSQ+ where the format is
+            asymmetric) and "pact".
         name: What error messages call the tensor.
         per_sample: The input of a convolution.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or one that does not fit the format.
     """
+    if method not in ("auto", "moving_average", "learned", "pact"):
+        raise ValueError(f"activations={method!r} is unknown; use 'auto', 'moving_average', 'learned' or 'pact'")
     if activation_format.granularity != PerTensor():
         return DynamicActivation(activation_format, per_sample=per_sample)
-    if method not in ("auto", "moving_average"):
-        raise ValueError(f"activations={method!r} is unknown; use 'auto' or 'moving_average'")
+    if method == "learned":
+        return LearnedActivation(activation_format, name=name)
+    if method == "pact":
+        return PactActivation(activation_format, name=name)
     return MovingAverageActivation(activation_format, name=name)
