@@ -34,7 +34,7 @@ CASES = (
 
 
 def gradients(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, **options: int | float | None
+    x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, **options: int | float | str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result and the three gradients."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, scale, zero_point)]
@@ -57,9 +57,13 @@ def defined_gradients(
     qmax: int,
     axis: int | None,
     group_size: int | None,
+    estimator: str = "rounded",
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, summed in float64; codes in float32, as the contract has them."""
+    """The definition, summed in float64; codes in float32, as the contract has them.
+
+    "lsq": equations 3 to 5 of arXiv:1902.08153, and the offset's of arXiv:2004.09576. "pact": section 3 of arXiv:1805.06085.
+    """
 
     def spread(qparam: Tensor) -> Tensor:
         return functional.broadcast_qparams(qparam, x, axis=axis, group_size=group_size).expand(x.shape)
@@ -74,10 +78,11 @@ def defined_gradients(
     zero = spread(zero_point.round().clamp(qmin, qmax))
     ratio = x.float() * spread(1 / scale)
     rounded = torch.round(ratio) + zero
-    inside = (rounded >= qmin) & (rounded <= qmax)
+    by_code = (rounded >= qmin) & (rounded <= qmax)
+    inside = by_code if estimator == "rounded" else (ratio > qmin - zero) & (ratio < qmax - zero)
     code = (rounded.clamp(qmin, qmax) - zero).double()
     upstream = grad.double() * grad_factor
-    grad_scale = gather(upstream * torch.where(inside, code - ratio.double(), code))
+    grad_scale = gather(upstream * torch.where(inside, 0 if estimator == "pact" else code - ratio.double(), code))
     grad_zero_point = gather(torch.where(inside, 0.0, -upstream * spread(scale).double()))
     return torch.where(inside, grad, 0), grad_scale, grad_zero_point
 
@@ -96,14 +101,24 @@ def make_case(
     return x, scale, zero_point, grad
 
 
+@pytest.mark.parametrize("estimator", ["rounded", "lsq", "pact"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis, group_size", CASES)
 def test_gradients_equal_their_definition(
-    shape: tuple[int, ...], axis: int | None, group_size: int | None, dtype: torch.dtype
+    shape: tuple[int, ...], axis: int | None, group_size: int | None, dtype: torch.dtype, estimator: str
 ) -> None:
     x, scale, zero_point, grad = make_case(shape, axis, group_size, dtype)
-    options = {"qmin": -8, "qmax": 7, "axis": axis, "group_size": group_size, "grad_factor": 0.25}
-    y, grad_x, grad_scale, grad_zero_point = gradients(x, scale, zero_point, grad, **options)
+    options = {
+        "qmin": -8,
+        "qmax": 7,
+        "axis": axis,
+        "group_size": group_size,
+        "estimator": estimator,
+        "grad_factor": 0.25,
+    }
+    y, grad_x, grad_scale, grad_zero_point = gradients(x, scale, zero_point, grad, **options)  # type: ignore[arg-type]
+    direct = hb.ops.fake_quantize_learned_gradients(grad, x, scale, zero_point, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip((grad_x, grad_scale, grad_zero_point), direct, strict=True))
     expected = defined_gradients(x, scale, zero_point, grad, **options)  # type: ignore[arg-type]
     assert torch.equal(grad_x, expected[0])
     # Sums of up to a few thousand terms of about 1: float32 chains of 256 lose less than 1e-5 of their size.
@@ -159,6 +174,24 @@ def test_values_at_the_ends_of_the_range() -> None:
     assert grad_x.tolist() == [0, 1, 1, 0, 1, 0, 0]
     assert grad_scale.item() == 1 + (1 - 1.25) + (-2 + 2.5) - 2 + (0 - 0.5) + 1 - 2
     assert grad_zero_point.item() == -4
+
+
+@pytest.mark.parametrize("estimator, grad_scale", [("lsq", 7 + 7 + 7 - 8 - 8 - 0.25), ("pact", 7 + 7 + 7 - 8 - 8)])
+def test_published_estimators_at_the_ends_of_the_range(estimator: str, grad_scale: float) -> None:
+    # v >= 7 and v <= -8 are outside for the papers, also where they round to 7 or -8.
+    x = torch.tensor([7.0, 7.25, 7.75, -8.0, -8.25, 6.25])
+    _, grad_x, of_scale, of_zero_point = gradients(
+        x,
+        torch.tensor(1.0),
+        torch.tensor(0.0),
+        torch.ones(6),
+        qmin=-8,
+        qmax=7,
+        estimator=estimator,  # type: ignore[arg-type]
+    )
+    assert grad_x.tolist() == [0, 0, 0, 0, 0, 1]
+    assert of_scale.item() == grad_scale
+    assert of_zero_point.item() == -5
 
 
 def test_nan_reaches_the_gradient_of_its_scale_alone() -> None:
@@ -275,6 +308,10 @@ def test_arguments_are_checked() -> None:
         hb.ops.fake_quantize_learned(x, scale, torch.zeros(2), qmin=-8, qmax=7)
     with pytest.raises(ValueError, match="grad_factor=nan"):
         hb.ops.fake_quantize_learned(x, scale, zero, qmin=-8, qmax=7, grad_factor=math.nan)
+    with pytest.raises(ValueError, match="estimator='ste' is unknown"):
+        hb.ops.fake_quantize_learned(x, scale, zero, qmin=-8, qmax=7, estimator="ste")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"grad has shape \(6, 4\)"):
+        hb.ops.fake_quantize_learned_gradients(x.t(), x, scale, zero, qmin=-8, qmax=7)
     with pytest.raises(ValueError, match="qmin=7, qmax=-8"):
         hb.ops.fake_quantize_learned(x, scale, zero, qmin=7, qmax=-8)
     with pytest.raises(RuntimeError, match="zero_point is NaN"):

@@ -2,13 +2,19 @@
 
 from halfbyte.qat.control import freeze_batchnorm, freeze_observers, scale_parameters, set_enabled
 from halfbyte.qat.functions import FakeQuantize
+from halfbyte.qat.learned_activation import LearnedActivation, PactActivation
+from halfbyte.qat.learned_weight import AbsoluteMeanWeight, LearnedWeight
 from halfbyte.qat.modules import QATModule
 from halfbyte.qat.quantizer_base import WeightQuantizer
 from halfbyte.qat.quantizers import activation_quantizer, weight_quantizer
 from halfbyte.qat.state import Schedule
 
 __all__ = [
+    "AbsoluteMeanWeight",
     "FakeQuantize",
+    "LearnedActivation",
+    "LearnedWeight",
+    "PactActivation",
     "QATModule",
     "Schedule",
     "WeightQuantizer",

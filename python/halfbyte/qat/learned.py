@@ -124,12 +124,12 @@ class LearnedCodebook:
         def pullback(grad: Tensor) -> Gradients:
             if self.values is None:
                 return ops.fake_quantize_binary_gradients(
-                    grad, x, *tensors, group_size=self.group_size, clip=self.clip or 1.0, grad_factor=self.grad_factor
+                    grad, x, tensors[0], group_size=self.group_size, clip=self.clip or 1.0, grad_factor=self.grad_factor
                 )
             return ops.fake_quantize_codebook_gradients(
                 grad,
                 x,
-                *tensors,
+                tensors[0],
                 self.values,
                 group_size=self.group_size,
                 clip=self.clip,

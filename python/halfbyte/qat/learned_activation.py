@@ -23,8 +23,8 @@ from halfbyte.qat.quantizer_base import all_reduced_range, in_memory_order, reco
 class LearnedActivation(nn.Module):
     """One trained scale for all inputs and, of asymmetric formats, where the range begins: LSQ and LSQ+.
 
-    The first batch gives the first range: symmetric as LSQ has it, `scale = 2 mean|x| / sqrt(qmax)`; asymmetric the mean ± three
-    standard deviations, where the values reach as far, and at 8 bits their extremes. Between processes of a
+    The first batch gives the first range: symmetric as LSQ has it, `scale = 2 mean|x| / sqrt(qmax)`; asymmetric the mean ±
+    three standard deviations, where the values reach as far, and at 8 bits their extremes. Between processes of a
     `torch.distributed` group it is that of all their first batches. The gradient is divided by `sqrt(n * qmax)` for the `n`
     elements of one sample. Parameters: `scale`, whose magnitude is the scale, and `offset`, the value of the lowest code.
 

@@ -71,7 +71,9 @@ class LearnedWeight(WeightQuantizer):
         self.offset = None if weight_format.symmetric else nn.Parameter(torch.zeros(groups))
         elements = math.prod(shape) // math.prod(groups)
         # Steps from the middle of the range to its end: LSQ's Q_P.
-        self._steps = weight_format.qmax if isinstance(weight_format, IntFormat) else (len(weight_format.values) - 1) / 2
+        self._steps = (
+            weight_format.qmax if isinstance(weight_format, IntFormat) else (len(weight_format.values) - 1) / 2
+        )
         if not weight_format.symmetric:
             self._steps /= 2
         self.grad_factor = 1 / math.sqrt(elements * self._steps)
@@ -87,7 +89,7 @@ class LearnedWeight(WeightQuantizer):
             scale = grouped.abs().mean(-1)
         elif self.method == "seq":
             largest = grouped.abs().amax(-1)
-            scale = largest / (f.values[-1] * 1.5 - f.values[-2] * 0.5 if isinstance(f, CodebookFormat) else 1.5)
+            scale = largest / (_reach(f) if isinstance(f, CodebookFormat) else 1.5)
         elif self.method == "lsq":
             scale = 2 * grouped.abs().mean(-1) / math.sqrt(self._steps)
             low = grouped.mean(-1) - scale * self._steps
@@ -107,12 +109,13 @@ class LearnedWeight(WeightQuantizer):
         Raises:
             QuantizationError: they are of another shape.
         """
-        rows = slice(0, self.scale.shape[0])  # per tensor they repeat
-        if codes.scale[rows].shape != self.scale.shape or (codes.zero_point is None) != (self.offset is None):
+        expected = (self.shape[0], self.scale.shape[1])
+        if codes.scale.shape != expected or (codes.zero_point is None) != (self.offset is None):
             raise QuantizationError(
                 f"codes have scales of shape {tuple(codes.scale.shape)}; {self.format} of a weight of shape "
-                f"{tuple(self.shape)} needs {tuple(self.scale.shape)}, with zero points only where it is asymmetric"
+                f"{tuple(self.shape)} needs {expected}, with zero points only where it is asymmetric"
             )
+        rows = slice(0, self.scale.shape[0])  # per tensor they repeat
         self.scale.copy_(codes.scale[rows])
         if self.offset is not None:
             assert codes.zero_point is not None
@@ -121,12 +124,11 @@ class LearnedWeight(WeightQuantizer):
     def fake(self, weight: Tensor) -> FakeQuantize:
         """See `WeightQuantizer`."""
         f, scale = self.format, positive_scale(self.scale, self.format.scale_dtype)
-        if isinstance(f, CodebookFormat) or f.binary:
-            clip = None
-            if self.method == "seq":
-                clip = 0.99 * (1.5 * f.values[-1] - 0.5 * f.values[-2])
-            spread, size = self._spread(scale), self._group_size or self.shape[1]
-            return LearnedCodebook(spread, None if f.binary else f.values, size, clip, self.grad_factor)
+        if isinstance(f, CodebookFormat):
+            clip = 0.99 * _reach(f) if self.method == "seq" else None
+            return LearnedCodebook(scale, f.values, self._group_size or self.shape[1], clip, self.grad_factor)
+        if f.binary:
+            return LearnedCodebook(self._spread(scale), None, self._group_size or self.shape[1], None, self.grad_factor)
         zero_point = torch.zeros_like(scale)
         if self.offset is not None:
             zero_point = zero_point_of_offset(self.offset, scale, f.qmin, f.qmax)
@@ -212,3 +214,8 @@ class AbsoluteMeanWeight(WeightQuantizer):
 
 def _ternary(weight_format: PackedFormat) -> bool:
     return isinstance(weight_format, IntFormat) and weight_format.bits == 2 and weight_format.narrow_range
+
+
+def _reach(codebook: CodebookFormat) -> float:
+    """Half a step past the last value."""
+    return 1.5 * codebook.values[-1] - 0.5 * codebook.values[-2]
