@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Data, Forward, check_data, evaluating, run_batch
+from halfbyte.confidence import margin_of_mean
 from halfbyte.errors import QuantizationError
 from halfbyte.outputs import Kind, attention_mask_of, is_logits, output_tensors
 from halfbyte.parts import is_in_parts
@@ -22,7 +23,6 @@ from halfbyte.table import Table, fold_by_name
 from halfbyte.targets import is_converted, is_target
 
 _CHUNK = 1 << 20  # elements compared at a time
-_Z95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +315,7 @@ class _OutputSums:
             kl, agreement = self._kl / n, self._agreements / n
         if n > 1 and kl is not None:
             variance = max(self._kl_squares / n - kl * kl, 0.0) * n / (n - 1)
-            margin = _Z95 * math.sqrt(variance / n)
+            margin = margin_of_mean(math.sqrt(variance), n)
         norms = math.sqrt(self._signal * self._quantized)
         return OutputComparison(
             name=name,

@@ -176,6 +176,11 @@ class FloatFormat:
         if self.dtype not in _FLOAT_DTYPES.values():
             raise ValueError(f"dtype={self.dtype} is not supported; use torch.bfloat16 or torch.float16")
 
+    @property
+    def bits(self) -> int:
+        """Width of a value."""
+        return 8 * self.dtype.itemsize
+
     def __str__(self) -> str:
         return _dtype_name(self.dtype)
 

@@ -56,8 +56,10 @@ class Recipe:
             QuantizationError: with the names nearest to the pattern.
         """
         for pattern in self.overrides:
-            if not any(_matches(pattern, name, module) for name, module in modules.items()):
-                raise QuantizationError(f"override {_show(pattern)} matches no module; {_suggestion(pattern, modules)}")
+            if not any(matches(pattern, name, module) for name, module in modules.items()):
+                raise QuantizationError(
+                    f"override {show_pattern(pattern)} matches no module; {_suggestion(pattern, modules)}"
+                )
 
     def resolve(
         self, name: str, module: nn.Module, whole: tuple[str, nn.Module] | None = None
@@ -70,7 +72,7 @@ class Recipe:
         named = ((name, module),) if whole is None else ((name, whole[1]), whole)
         scheme, by = self.default, None
         for pattern, override in self.overrides.items():
-            if any(_matches(pattern, *each) for each in named):
+            if any(matches(pattern, *each) for each in named):
                 scheme, by = override, pattern
         return scheme, by
 
@@ -93,7 +95,8 @@ def as_recipe(scheme_or_recipe: object) -> Recipe:
     )
 
 
-def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> bool:
+    """Whether a pattern names a module; without the module itself, no type does."""
     if not isinstance(pattern, str):
         return isinstance(module, pattern)
     if pattern.startswith("re:"):
@@ -101,7 +104,8 @@ def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _show(pattern: Pattern) -> str:
+def show_pattern(pattern: Pattern) -> str:
+    """A pattern as it stands in messages."""
     return repr(pattern) if isinstance(pattern, str) else pattern.__name__
 
 

@@ -149,6 +149,15 @@ def test_pins_ends_and_least_width(table: hb.SensitivityTable) -> None:
     assert recipe.choices["down_proj"] == str(eight)
     assert recipe.choices["up_proj"] in (str(four), str(eight), FLOAT)
     assert table.allocate(max_bytes=30_000, pins={"*_proj": None}).choices["up_proj"] == FLOAT
+    assert table.allocate(max_bytes=30_000, pins={nn.Linear: four}).choices["up_proj"] == str(four)
+    with pytest.raises(hb.QuantizationError, match=r"lstm is pinned twice: to int2.* by 'lstm' and to int8.* by LSTM"):
+        table.allocate(max_bytes=20_000, pins={"lstm": two, nn.LSTM: eight})
+    with pytest.raises(hb.QuantizationError, match=r"down_proj is pinned twice: .* by ends and .* by 'down_proj'"):
+        table.allocate(max_bytes=20_000, pins={"down_proj": two}, ends=eight)
+    with pytest.raises(TypeError, match=r"3 is neither a name pattern nor a module type"):
+        table.allocate(max_bytes=20_000, pins={3: two})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"min_bits=64 is not a width"):
+        table.allocate(max_bytes=20_000, min_bits=64)
     with pytest.raises(hb.QuantizationError, match=r"lstm is pinned twice"):
         table.allocate(max_bytes=20_000, pins={"lstm": two, "ls*": eight})
     with pytest.raises(hb.QuantizationError, match=r"'gru' matches no module"):
@@ -245,6 +254,12 @@ def test_saved_tables_allocate_without_the_model(table: hb.SensitivityTable, tmp
     assert recipe.choices == table.allocate(max_bytes=12_000, max_latency=1.0, corrections=0).choices
     with pytest.raises(hb.QuantizationError, match=r"no model to time the model"):
         loaded.measure_latency()
+    with pytest.raises(hb.QuantizationError, match=r"pin Linear is a module type, and this table has no model"):
+        loaded.allocate(max_bytes=12_000, pins={nn.Linear: SCHEMES[0]})
+    fields = table.to_dict()
+    entries = {name: row for name, row in fields["entries"].items() if name != "lstm"}  # type: ignore[attr-defined]
+    with pytest.raises(hb.FileFormatError, match=r"its entries are not those of its units"):
+        hb.SensitivityTable.from_dict({**fields, "entries": entries})
     (tmp_path / "table.json").write_text('{"format": "halfbyte sensitivity table 1"}')
     with pytest.raises(hb.FileFormatError, match=r"damaged"):
         hb.SensitivityTable.load(tmp_path / "table.json")
@@ -306,7 +321,7 @@ def test_trace_is_that_of_the_hessian() -> None:
     trace = float(((p * (1 - p)).sum(-1) * x.square().sum(-1)).mean())
     scores = proxy_scores(bench, [x], "trace", samples=400, progress=False)["0"]
     for scheme in SCHEMES:
-        error = bench.candidates["0"][str(scheme)].modules["0"].weight - model[0].weight
+        error = bench.candidates["0"][str(scheme)].modules["0"].weight - model[0].weight.detach()
         assert scores[str(scheme)] == pytest.approx(trace / error.numel() * float(error.square().sum()), rel=0.1)
 
 

@@ -4,8 +4,8 @@ from halfbyte.search.allocation import Allocation
 from halfbyte.search.front import Front
 from halfbyte.search.latency import Latency
 from halfbyte.search.measure import SensitivityWarning, measure_sensitivity
-from halfbyte.search.table import Entry, SensitivityTable
-from halfbyte.search.units import Unit
+from halfbyte.search.table import SensitivityTable
+from halfbyte.search.units import Entry, Unit
 
 __all__ = [
     "Allocation",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from halfbyte.recipe import Recipe
-from halfbyte.search.bench import FLOAT
+from halfbyte.search.bench import FLOAT, weight_bits
 from halfbyte.search.units import Unit
 from halfbyte.table import Table, format_bytes
 
@@ -49,11 +49,7 @@ class Allocation(Recipe):
         return bits / weights if weights else 0.0
 
     def _bits(self, unit: Unit) -> int:
-        scheme = self.overrides.get(unit.modules[0])
-        if scheme is None:
-            return 32
-        bits = getattr(scheme.weight, "bits", None)
-        return bits if isinstance(bits, int) else 16
+        return weight_bits(self.overrides.get(unit.modules[0]))
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description."""

@@ -26,6 +26,11 @@ Choices = Mapping[str, str]  # unit name -> key of a candidate
 FLOAT = "float"
 
 
+def weight_bits(scheme: Scheme | None) -> int:
+    """Width of a weight in a scheme; floating point counts as 32."""
+    return 32 if scheme is None else scheme.weight.bits
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One scheme of one unit.
@@ -109,6 +114,13 @@ class Workbench:
             self._current[unit.name] = key
         disable_fast_paths(self.model)
         return self.model
+
+    @property
+    def float_modules(self) -> dict[str, nn.Module]:
+        """Name to float module, of all units."""
+        return {
+            name: module for unit in self.units for name, module in self.candidates[unit.name][FLOAT].modules.items()
+        }
 
     def bytes_of(self, choices: Choices) -> int:
         """Bytes of the whole model under `choices`, as saved, less the header of the file."""

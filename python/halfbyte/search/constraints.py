@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from halfbyte.errors import QuantizationError
-from halfbyte.recipe import Pattern
+from halfbyte.recipe import Pattern, Recipe, matches, show_pattern
 from halfbyte.schemes import Scheme
-from halfbyte.search.bench import FLOAT
+from halfbyte.search.bench import FLOAT, weight_bits
 from halfbyte.search.units import Unit
 
 
@@ -20,32 +20,44 @@ def allowed_candidates(
     pins: Mapping[Pattern, Scheme | None],
     min_bits: int | None,
     ends: Scheme | None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, list[str]]:
     """Keys that each unit may take.
 
+    Args:
+        units, schemes, entries: The table's.
+        pins, min_bits, ends: As in `SensitivityTable.allocate`.
+        modules: Name to float module, for pins that are module types.
+
     Raises:
         QuantizationError: a pin that names no unit, a scheme that was not measured there, pins that contradict each other,
-            a width that leaves nothing.
+            a module type where there is no model.
+        TypeError, ValueError: something that is no pattern, no scheme or no width.
     """
+    Recipe(default=None, overrides=pins)  # checks patterns and schemes
+    if min_bits is not None and not 1 <= min_bits <= 32:
+        raise ValueError(f"min_bits={min_bits} is not a width of weights; use 1 to 8")
     allowed = {unit.name: list(entries[unit.name]) for unit in units}
     pinned: dict[str, tuple[str, str]] = {}  # unit -> key and the pin that asked for it
     if ends is not None:
         for unit in (units[0], units[-1]):
             _pin(pinned, unit, _key(ends, schemes, entries, unit, "ends"), "ends")
     for pattern, scheme in pins.items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"pin {pattern!r} is not a name pattern; name modules, such as 'lm_head' or '*.down_proj'")
-        matching = [unit for unit in units if any(_matches(pattern, name) for name in unit.modules)]
+        shown = show_pattern(pattern)
+        if not isinstance(pattern, str) and modules is None:
+            raise QuantizationError(f"pin {shown} is a module type, and this table has no model; name modules instead")
+        known = modules or {}
+        matching = [unit for unit in units if any(matches(pattern, name, known.get(name)) for name in unit.modules)]
         if not matching:
-            raise QuantizationError(f"pin {pattern!r} matches no module that can be quantized")
+            raise QuantizationError(f"pin {shown} matches no module that can be quantized")
         for unit in matching:
-            _pin(pinned, unit, _key(scheme, schemes, entries, unit, pattern), pattern)
+            _pin(pinned, unit, _key(scheme, schemes, entries, unit, shown), shown)
     for name, (key, _) in pinned.items():
         allowed[name] = [key]
     if min_bits is not None:
         for unit in units:
             if unit.name not in pinned:
-                allowed[unit.name] = [key for key in allowed[unit.name] if _bits(schemes.get(key)) >= min_bits]
+                allowed[unit.name] = [key for key in allowed[unit.name] if weight_bits(schemes.get(key)) >= min_bits]
     return allowed
 
 
@@ -53,7 +65,7 @@ def _pin(pinned: dict[str, tuple[str, str]], unit: Unit, key: str, pattern: str)
     before = pinned.get(unit.name)
     if before is not None and before[0] != key:
         raise QuantizationError(
-            f"{unit.name} is pinned twice: to {before[0]} by {before[1]!r} and to {key} by {pattern!r}; keep one"
+            f"{unit.name} is pinned twice: to {before[0]} by {before[1]} and to {key} by {pattern}; keep one"
         )
     pinned[unit.name] = key, pattern
 
@@ -68,18 +80,5 @@ def _key(
     key = FLOAT if scheme is None else str(scheme)
     if key not in entries[unit.name]:
         measured = ", ".join(entries[unit.name])
-        raise QuantizationError(f"pin {pattern!r} asks for {key}, which was not measured at {unit.name} ({measured})")
+        raise QuantizationError(f"pin {pattern} asks for {key}, which was not measured at {unit.name} ({measured})")
     return key
-
-
-def _bits(scheme: Scheme | None) -> int:
-    if scheme is None:
-        return 32
-    bits = getattr(scheme.weight, "bits", 16)
-    return bits if isinstance(bits, int) else 16
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from halfbyte.search.bench import FLOAT, Choices
 
 if TYPE_CHECKING:
-    from halfbyte.search.table import SensitivityTable, Session
+    from halfbyte.search.session import Session
+    from halfbyte.search.table import SensitivityTable
 
 _TRIED = 12  # neighbours measured in a round
 

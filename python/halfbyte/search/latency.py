@@ -7,7 +7,6 @@ and share their median.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch
-from halfbyte.errors import QuantizationError
+from halfbyte.confidence import margin_of_median
 from halfbyte.progress import track
 from halfbyte.search.bench import FLOAT, Workbench
 
@@ -181,19 +180,5 @@ def _kernel_of(bench: Workbench, unit: str) -> object:
 
 
 def _widest(times: Mapping[str, Sequence[float]]) -> float:
-    """The widest 95 % confidence interval of a median, relative; from order statistics."""
-    widths = []
-    for values in times.values():
-        ordered, n = sorted(values), len(values)
-        if n < 5:
-            return math.inf
-        half = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a binomial, in ranks
-        low, high = ordered[max(0, int(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]
-        widths.append((high - low) / 2 / median(values))
-    return max(widths)
-
-
-def check_latency_batch(batch: object) -> None:
-    """Raises if there is nothing to time."""
-    if batch is None:
-        raise QuantizationError("no input to time: pass latency_batch=<one batch>")
+    """The widest 95 % confidence interval of a median, relative."""
+    return max(margin_of_median(values) / median(values) for values in times.values())

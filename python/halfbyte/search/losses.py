@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch
+from halfbyte.confidence import margin_of_mean
 from halfbyte.errors import QuantizationError
 from halfbyte.outputs import attention_mask_of, is_logits, output_tensors
 
 LossFunction: TypeAlias = Callable[[nn.Module, object], float | Tensor]
 Loss: TypeAlias = Literal["kl", "mse"] | LossFunction
 
-_Z95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 _ROWS = 4096  # rows of logits compared at a time
 
 
@@ -152,5 +152,4 @@ def summarize(values: Tensor, start: Tensor | None = None) -> Measurement:
     if n == 0:
         raise QuantizationError("data has no positions to compare")
     differences = values if start is None else values - start
-    margin = _Z95 * float(differences.std()) / math.sqrt(n) if n > 1 else math.inf
-    return Measurement(float(values.mean()), margin)
+    return Measurement(float(values.mean()), margin_of_mean(float(differences.std()) if n > 1 else 0.0, n))

@@ -18,8 +18,9 @@ from halfbyte.search.bench import FLOAT, Choices, Workbench, build_workbench
 from halfbyte.search.cache import MeasurementCache, content_hash
 from halfbyte.search.losses import Loss, LossMeter, Measurement
 from halfbyte.search.proxies import proxy_scores
-from halfbyte.search.table import Entry, SensitivityTable, Session
-from halfbyte.search.units import Unit, find_units
+from halfbyte.search.session import Session
+from halfbyte.search.table import SensitivityTable
+from halfbyte.search.units import Entry, Unit, find_units
 
 Method = Literal["measure", "fisher", "trace", "output_error"]
 Around = Literal["both", "float", "quantized"]
@@ -98,7 +99,7 @@ def measure_sensitivity(
     chosen: Sequence[Rounding] = tuple(algorithms) or (MSE(),)
     units = find_units(model, next(iter(by_key.values())), groups)
     calibrating = batches if calibration is None else list(check_data(calibration))
-    needs_data = any(algorithm.needs_data for algorithm in chosen) or any(_is_static(s) for s in by_key.values())
+    needs_data = any(algorithm.needs_data for algorithm in chosen) or any(s.static for s in by_key.values())
     bench = build_workbench(
         model,
         units,
@@ -158,10 +159,6 @@ def _check_schemes(schemes: Sequence[Scheme]) -> dict[str, Scheme]:
             raise TypeError(f"{scheme!r} is not a scheme; call the function: hb.int8_weight_only()")
         by_key[str(scheme)] = scheme
     return by_key
-
-
-def _is_static(scheme: Scheme) -> bool:
-    return bool(getattr(scheme, "static", False))
 
 
 def _everywhere(bench: Workbench, key: str) -> dict[str, str]:

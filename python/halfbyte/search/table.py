@@ -10,65 +10,27 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
-from halfbyte.calibration import Data, Forward, check_data
-from halfbyte.errors import FileFormatError, QuantizationError
+from halfbyte.calibration import Data, check_data
+from halfbyte.errors import QuantizationError
 from halfbyte.recipe import Pattern
 from halfbyte.schemes import Scheme
 from halfbyte.search.allocation import Allocation
-from halfbyte.search.bench import FLOAT, Choices, Workbench
-from halfbyte.search.cache import MeasurementCache
+from halfbyte.search.bench import FLOAT, Choices
 from halfbyte.search.constraints import allowed_candidates
 from halfbyte.search.correction import correct
 from halfbyte.search.front import Front
 from halfbyte.search.latency import Latency, measure_latency
-from halfbyte.search.losses import LossMeter, Measurement, summarize
+from halfbyte.search.losses import summarize
 from halfbyte.search.prediction import LossCurve
+from halfbyte.search.quantities import parse_quantity
+from halfbyte.search.session import Session
 from halfbyte.search.solver import Problem, solve, total
-from halfbyte.search.units import Unit
+from halfbyte.search.table_file import from_fields, read_json, to_fields
+from halfbyte.search.units import Entry, Unit
 from halfbyte.table import Table
 
-_FORMAT = "halfbyte sensitivity table 1"
 Seconds = float | str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One unit in one scheme.
-
-    Attributes:
-        loss: What it adds to the loss.
-        margin: Half width of the 95 % confidence interval of that.
-        bytes: Of the unit as saved.
-    """
-
-    loss: float
-    margin: float
-    bytes: int
-
-
-class Session:
-    """The model at hand: what a table needs to measure more. It does not travel with a saved table."""
-
-    def __init__(
-        self, bench: Workbench, meter: LossMeter, cache: MeasurementCache, batch: object, forward: Forward | None
-    ) -> None:
-        self.bench, self.meter, self.cache, self.batch, self.forward = bench, meter, cache, batch, forward
-        self._starts: dict[str, Tensor] = {}
-
-    def measure(self, choices: Choices, start: Choices | None = None) -> Measurement:
-        """The loss of a configuration; its margin is that of the difference to the configuration `start`."""
-        key = "" if start is None else json.dumps(sorted(start.items()))
-        known = self.cache.get(choices, key)
-        if known is not None:
-            return known
-        values = self.meter.values(self.bench.apply(choices))
-        if start is not None and key not in self._starts:
-            self._starts[key] = self.meter.values(self.bench.apply(start))
-        measurement = summarize(values, None if start is None else self._starts[key])
-        self.cache.put(choices, key, measurement)
-        return measurement
 
 
 @dataclass(slots=True, kw_only=True, repr=False)
@@ -135,12 +97,12 @@ class SensitivityTable:
                 a scheme that was not measured, or each other's modules.
         """
         limits = self._limits(max_bytes, max_latency, max_loss)
-        allowed = allowed_candidates(self.units, self.schemes, self.entries, pins or {}, min_bits, ends)
+        allowed = self._allowed(pins, min_bits, ends)
         choices = self._solve(allowed, limits, "bytes" if max_loss is not None else "loss")
         measured = None
         if self.session is not None:
             measured = self.session.measure(choices).loss
-            if corrections > 0 and self.method != "none":
+            if corrections > 0:
                 choices, measured = correct(self, self.session, allowed, limits, choices, measured, corrections)
         held_out = self._held_out(choices, holdout) if holdout is not None else None
         return self._allocation(choices, limits, measured, held_out)
@@ -170,7 +132,7 @@ class SensitivityTable:
             raise ValueError(f"points={points} makes no front; use e.g. 16")
         if cost == "latency":
             self._need_latency()
-        allowed = allowed_candidates(self.units, self.schemes, self.entries, pins or {}, min_bits, ends)
+        allowed = self._allowed(pins, min_bits, ends)
         problem, _ = self._problem(allowed)
         found: list[Allocation] = []
         for budget in self._budgets(problem, cost, points):
@@ -239,6 +201,12 @@ class SensitivityTable:
 
     def _uniform(self, key: str) -> dict[str, str]:
         return {name: key for name, row in self.entries.items() if key in row}
+
+    def _allowed(
+        self, pins: Mapping[Pattern, Scheme | None] | None, min_bits: int | None, ends: Scheme | None
+    ) -> dict[str, list[str]]:
+        modules = None if self.session is None else self.session.bench.float_modules
+        return allowed_candidates(self.units, self.schemes, self.entries, pins or {}, min_bits, ends, modules)
 
     def _limits(
         self, max_bytes: int | str | None, max_latency: Seconds | None, max_loss: float | None
@@ -352,22 +320,7 @@ class SensitivityTable:
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description; `SensitivityTable.from_dict` reads it back, without the model."""
-        return {
-            "format": _FORMAT,
-            "units": [
-                {"name": u.name, "modules": list(u.modules), "weights": u.weights, "table": u.table} for u in self.units
-            ],
-            "schemes": {key: scheme.to_dict() for key, scheme in self.schemes.items()},
-            "entries": {
-                name: {key: [e.loss, e.margin, e.bytes] for key, e in row.items()} for name, row in self.entries.items()
-            },
-            "rest_bytes": self.rest_bytes,
-            "uniform_losses": self.uniform_losses,
-            "loss": self.loss_name,
-            "method": self.method,
-            "latency": None if self.latency is None else self.latency.to_dict(),
-            "warnings": self.warnings,
-        }
+        return to_fields(self)
 
     @staticmethod
     def from_dict(fields: Mapping[str, object]) -> SensitivityTable:
@@ -376,12 +329,7 @@ class SensitivityTable:
         Raises:
             FileFormatError: it describes something else.
         """
-        if not isinstance(fields, Mapping) or fields.get("format") != _FORMAT:
-            raise FileFormatError("this is not a sensitivity table of this version of halfbyte")
-        try:
-            return _read(fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"the sensitivity table is damaged: {error!r}") from error
+        return SensitivityTable(**from_fields(fields))  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> None:
         """Writes `to_dict` as JSON."""
@@ -394,11 +342,7 @@ class SensitivityTable:
         Raises:
             FileFormatError: the file is something else or damaged.
         """
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not JSON: {error}") from error
-        return SensitivityTable.from_dict(fields)
+        return SensitivityTable.from_dict(read_json(path))
 
     def _table(self) -> Table:
         keys = list(self.schemes)
@@ -422,45 +366,3 @@ class SensitivityTable:
 
     def _repr_html_(self) -> str:
         return self._table().to_html()
-
-
-def parse_quantity(value: float | str, name: str, units: Mapping[str, float]) -> float:
-    """A number, or text such as "20MB" in one of `units`.
-
-    Raises:
-        ValueError: not a positive quantity; says what is accepted.
-    """
-    number, unit = value, ""
-    if isinstance(value, str):
-        text = value.strip().lower().replace(" ", "")
-        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-        number, unit = digits, text[len(digits) :]
-    try:
-        result = float(number) * (units[unit] if unit else 1.0)
-    except (ValueError, KeyError, TypeError):
-        result = math.nan
-    if not math.isfinite(result) or result <= 0:
-        raise ValueError(f"{name}={value!r} is not a positive quantity; units: {', '.join(units)}")
-    return result
-
-
-def _read(fields: Mapping[str, object]) -> SensitivityTable:
-    data = dict(fields)
-    latency = data["latency"]
-    return SensitivityTable(
-        units=tuple(
-            Unit(name=u["name"], modules=tuple(u["modules"]), weights=int(u["weights"]), table=bool(u["table"]))
-            for u in data["units"]  # type: ignore[attr-defined]
-        ),
-        schemes={key: Scheme.from_dict(scheme) for key, scheme in data["schemes"].items()},  # type: ignore[attr-defined]
-        entries={
-            name: {key: Entry(float(v[0]), float(v[1]), int(v[2])) for key, v in row.items()}
-            for name, row in data["entries"].items()  # type: ignore[attr-defined]
-        },
-        rest_bytes=int(data["rest_bytes"]),  # type: ignore[call-overload]
-        uniform_losses=dict(data["uniform_losses"]),  # type: ignore[call-overload]
-        loss_name=str(data["loss"]),
-        method=str(data["method"]),
-        latency=None if latency is None else Latency(**latency),  # type: ignore[arg-type]
-        warnings=list(data["warnings"]),  # type: ignore[call-overload]
-    )
