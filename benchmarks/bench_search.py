@@ -1,10 +1,13 @@
 """Mixed precision at equal bytes: the search against uniform widths, a depth rule and HAWQ's trace ranking.
 
     python benchmarks/bench_search.py --model novels5M --json benchmarks/results/search_novels5M.json
+    python benchmarks/bench_search.py --model novels5M --json benchmarks/results/search_novels5M.json --latency
 
 Sensitivities are measured on calibration data; every allocation is then scored on evaluation data that the search never
 saw. The depth rule is of llama.cpp's kind: the next width goes to the value and down projections (for convolutions: to the
 layers themselves) of the outer layers first. `--check` also measures 20 random allocations against their prediction.
+`--latency` compares predicted and measured milliseconds instead, which needs a quiet machine. `--cache` keeps all
+measurements: an interrupted run goes on there.
 """
 
 import argparse
@@ -14,15 +17,19 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 from scipy.stats import spearmanr
 
 import halfbyte as hb
-from halfbyte.search.bench import FLOAT
-from halfbyte.search.losses import summarize
+from halfbyte.calibration import run_batch
 from models import searched, shared_data
+from models.output import environment
+
+Choices = Mapping[str, str]
 
 
 def depth_rule(table: hb.SensitivityTable, narrow: str, wide: str, budget: int) -> dict[str, str]:
@@ -54,123 +61,167 @@ def random_choices(table: hb.SensitivityTable, generator: random.Random) -> dict
     return {unit.name: keys[min(len(keys) - 1, max(0, round(generator.gauss(centre, 1.0))))] for unit in table.units}
 
 
-def run(model_name: str, root: Path, *, check: bool, latency: bool, cache: Path | None) -> dict[str, object]:
-    case = searched.load(root, model_name)
-    start = time.perf_counter()
-    table = hb.measure_sensitivity(
-        case.model, case.measuring, case.schemes, calibration=case.calibration, forward=case.forward, cache=cache
-    )
-    seconds = time.perf_counter() - start
-    session = table.session
-    assert session is not None
-    meter = session.meter.on(session.bench.apply({}), case.evaluation)
+@dataclass
+class Scorer:
+    """Bytes, KL to the float model and accuracy of allocations on data that the search never saw."""
 
-    def score(choices: Mapping[str, str]) -> dict[str, object]:
-        model = session.bench.apply(choices)
-        found = summarize(meter.values(model))
-        return {"bytes": table.bytes_of(choices), "kl": found.loss, "kl_ci": found.margin, **case.quality(model)}
+    table: hb.SensitivityTable
+    case: searched.Case
+    known: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    result: dict[str, object] = {"model": model_name, "units": len(table.units), "seconds": {"measure": seconds}}
+    def __post_init__(self) -> None:
+        self.float = self._log_probs({}).double()
+
+    def __call__(self, choices: Choices) -> dict[str, float]:
+        key = str(sorted(choices.items()))
+        if key not in self.known:
+            found = self._log_probs(choices)
+            parts = zip(self.float.split(1024), found.split(1024), strict=True)
+            kl = torch.cat([(p.exp() * (p - q.double())).sum(-1) for p, q in parts])
+            row = {"bytes": self.table.bytes_of(choices), "kl": float(kl.mean())}
+            row["kl_ci"] = 1.96 * float(kl.std()) / len(kl) ** 0.5
+            if self.case.labels is not None:
+                row["top1"] = float((found.argmax(-1) == self.case.labels).float().mean())
+            self.known[key] = row
+        return self.known[key]
+
+    def _log_probs(self, choices: Choices) -> torch.Tensor:
+        assert self.table.session is not None
+        return self.case.log_probs(self.table.session.bench.apply(choices))
+
+
+def measure(case: searched.Case, cache: Path | None, progress: bool) -> hb.SensitivityTable:
+    return hb.measure_sensitivity(case.model, case.measuring, case.schemes, cache=cache, progress=progress)
+
+
+def compare(
+    case: searched.Case, table: hb.SensitivityTable, score: Scorer, parts: Sequence[float]
+) -> dict[str, object]:
+    """Every allocation between the uniform widths at equal bytes, at the bytes of each uniform width, and the front."""
     uniform = {key: score(dict.fromkeys(table.entries, key)) for key in table.schemes}
-    result["float"], result["uniform"] = score({}), uniform
-    print(table)
-
-    trace = hb.measure_sensitivity(
-        case.model,
-        case.measuring[:4],
-        case.schemes,
-        method="trace",
-        calibration=case.calibration,
-        forward=case.forward,
-    )
-    rows: list[dict[str, object]] = []
-    keys = sorted(table.schemes, key=lambda key: uniform[key]["bytes"])  # type: ignore[arg-type, return-value]
-    for narrow, wide in itertools.pairwise(keys):
+    keys = sorted(table.schemes, key=lambda key: uniform[key]["bytes"])
+    start = time.perf_counter()
+    trace = hb.measure_sensitivity(case.model, case.measuring[:4], case.schemes, method="trace", progress=False)
+    seconds = {"trace": time.perf_counter() - start, "solver": 0.0, "corrections": 0.0}
+    between = []
+    for (narrow, wide), part in itertools.product(itertools.pairwise(keys), parts):
         low, high = uniform[narrow]["bytes"], uniform[wide]["bytes"]
-        for part in (0.33, 0.67):
-            rule = depth_rule(table, narrow, wide, int(low + part * (high - low)))  # type: ignore[operator]
-            budget = table.bytes_of(rule)
-            begin = time.perf_counter()
-            plain = table.allocate(max_bytes=budget, corrections=0)
-            solved = time.perf_counter()
-            found = table.allocate(max_bytes=budget)
-            row = {
-                "between": [narrow, wide],
-                "budget": budget,
-                "solver_seconds": solved - begin,
-                "correction_seconds": time.perf_counter() - solved,
-                "depth rule": score(rule),
-                "trace ranking": score(trace.allocate(max_bytes=budget, corrections=0).choices),
-                "search, solver only": score(plain.choices),
-                "search": {**score(found.choices), "predicted": found.predicted_loss, "choices": dict(found.choices)},
-            }
-            rows.append(row)
-            shown = {k: row[k]["kl"] for k in ("depth rule", "trace ranking", "search, solver only", "search")}  # type: ignore[index]
-            print(budget, {k: f"{v:.3e}" for k, v in shown.items()}, flush=True)
-    result["equal_bytes"] = rows
+        rule = depth_rule(table, narrow, wide, int(low + part * (high - low)))
+        budget = table.bytes_of(rule)
+        start = time.perf_counter()
+        found = table.allocate(max_bytes=budget)
+        seconds["corrections"] += time.perf_counter() - start
+        row = {
+            "between": [narrow, wide],
+            "budget": budget,
+            "depth rule": score(rule),
+            "trace ranking": score(trace.allocate(max_bytes=budget, corrections=0).choices),
+            "search, no corrections": score(table.allocate(max_bytes=budget, corrections=0).choices),
+            "search": {**score(found.choices), "measured": found.measured_loss, "predicted": found.predicted_loss},
+            "choices": dict(found.choices),
+        }
+        between.append(row)
+        show(row)
     at_uniform = []
     for key in keys:
-        found = table.allocate(max_bytes=uniform[key]["bytes"])  # type: ignore[arg-type]
-        at_uniform.append({"scheme": key, "uniform": uniform[key], "search": score(found.choices)})
-        print(key, f"{uniform[key]['kl']:.3e}", f"{at_uniform[-1]['search']['kl']:.3e}", flush=True)  # type: ignore[index]
-    result["at_uniform_bytes"] = at_uniform
-    front = table.pareto(points=16)
-    result["front"] = front.to_dict()
+        budget = int(uniform[key]["bytes"])
+        found = table.allocate(max_bytes=budget)
+        row = {"budget": budget, "scheme": key, "uniform": uniform[key], "search": score(found.choices)}
+        at_uniform.append({**row, "choices": dict(found.choices)})
+        show(row)
+    front = table.pareto(points=16, measured=True)
     print(front)
-    if check:
-        generator = random.Random(0)
-        pairs = []
-        for _ in range(20):
-            choices = random_choices(table, generator)
-            pairs.append((table.predicted_loss(choices), score(choices)["kl"]))
-        result["prediction"] = {"pairs": pairs, "spearman": spearmanr(*zip(*pairs, strict=True)).statistic}
-        print("spearman of predicted and measured loss:", result["prediction"]["spearman"])  # type: ignore[index]
-    if latency:
-        result["latency"] = latency_check(table, case.timed)
-    return result
+    return {
+        "float": score({}),
+        "uniform": uniform,
+        "between": between,
+        "at_uniform": at_uniform,
+        "seconds": seconds,
+        "front": front.to_dict(),
+    }
 
 
-def latency_check(table: hb.SensitivityTable, batch: object) -> dict[str, object]:
-    """Predicted against measured time of whole models, float and every chosen point alternating."""
-    measured = table.measure_latency(batch, seconds=40, progress=False)
+def show(row: Mapping[str, object]) -> None:
+    """One line: KL, bytes relative to the budget, accuracy."""
+    cells = [str(row["budget"])]
+    for name, each in row.items():
+        if isinstance(each, Mapping) and "kl" in each:
+            accuracy = f" {100 * each['top1']:.1f} %" if "top1" in each else ""
+            cells.append(f"{name}: {each['kl']:.3e} ({100 * (each['bytes'] / row['budget'] - 1):+.1f} %){accuracy}")
+    print("  ".join(cells), flush=True)
+
+
+def check(table: hb.SensitivityTable, score: Scorer) -> dict[str, object]:
+    """Predicted loss of random allocations against their loss on the evaluation data."""
+    generator = random.Random(0)
+    pairs = []
+    for _ in range(20):
+        choices = random_choices(table, generator)
+        pairs.append((table.predicted_loss(choices), score(choices)["kl"]))
+    rank = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    print(f"Spearman of predicted and measured loss: {rank:.3f}")
+    return {"pairs": pairs, "spearman": rank}
+
+
+def latency(case: searched.Case, table: hb.SensitivityTable, seconds: float) -> dict[str, object]:
+    """Predicted against measured time of whole models: every chosen point, in turn."""
+    measured = table.measure_latency(case.timed, seconds=seconds, progress=False)
     session = table.session
     assert session is not None
-    points = table.pareto("latency", points=8).points
+    points = [*table.pareto("latency", points=8).points, *table.pareto("bytes", points=8).points]
     times: list[list[float]] = [[] for _ in points]
-    run_one = session.meter._run
-    for _ in range(15):
-        for index, point in enumerate(points):
-            model = session.bench.apply({k: v for k, v in point.choices.items() if v != FLOAT})
-            with torch.no_grad():
-                run_one(model, batch)
-                begin = time.perf_counter()
-                run_one(model, batch)
-                times[index].append(time.perf_counter() - begin)
-    rows = [
-        {"predicted": point.latency, "measured": sorted(each)[len(each) // 2], "bytes": point.bytes, "kl": point.loss}
-        for point, each in zip(points, times, strict=True)
-    ]
-    for row in rows:
-        print({k: f"{v:.4g}" for k, v in row.items()})
-    return {"whole": measured.to_dict()["whole"], "rounds": measured.rounds, "points": rows}
+    stop = time.perf_counter() + seconds
+    with torch.no_grad():
+        while time.perf_counter() < stop or len(times[-1]) < 5:
+            for point, spent in zip(points, times, strict=True):
+                model = session.bench.apply({k: v for k, v in point.choices.items() if v != "float"})
+                run_batch(model, case.timed)
+                start = time.perf_counter()
+                run_batch(model, case.timed)
+                spent.append(time.perf_counter() - start)
+    rows = []
+    for point, spent in zip(points, times, strict=True):
+        assert point.latency is not None
+        row = {"predicted": point.latency, "measured": median(spent), "bytes": point.bytes, "kl": point.loss}
+        rows.append({**row, "error": row["predicted"] / row["measured"] - 1})
+        print({key: f"{value:.4g}" for key, value in rows[-1].items()})
+    print(f"largest error {max(abs(row['error']) for row in rows):.1%}, {len(rows)} points, {len(times[0])} rounds")
+    return {"whole": dict(measured.whole), "rounds": measured.rounds, "threads": measured.threads, "points": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=searched.NAMES, default="novels5M")
     parser.add_argument("--data", type=Path, default=None, help="the folder with the real models and data")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="what is written there; other parts of it are kept")
     parser.add_argument("--check", action="store_true", help="predicted against measured loss of random allocations")
-    parser.add_argument("--latency", action="store_true", help="predicted against measured latency; on a quiet machine")
+    parser.add_argument("--latency", type=float, metavar="SECONDS", help="only times, this long for each of two parts")
+    parser.add_argument("--parts", default="0.33,0.67", help="where the budgets lie between two uniform widths")
     parser.add_argument("--cache", type=Path, help="keeps measurements; an interrupted run goes on there")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--progress", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    result = run(
-        options.model, options.data or shared_data(), check=options.check, latency=options.latency, cache=options.cache
-    )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    case = searched.load(options.data or shared_data(), options.model)
+    start = time.perf_counter()
+    table = measure(case, options.cache, options.progress)
+    seconds = time.perf_counter() - start
+    result = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+
+    def keep(part: str, found: Mapping[str, object]) -> None:
+        result[part] = {"environment": environment(), **found}
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    if options.latency is not None:
+        keep("latency", latency(case, table, options.latency))
+        return
+    print(f"{options.model}: {len(table.units)} units, {seconds:.0f} s\n{table}", flush=True)
+    score = Scorer(table, case)
+    if options.check:
+        keep("prediction", check(table, score))
+    parts = [float(part) for part in options.parts.split(",")]
+    keep("accuracy", {"units": len(table.units), "measuring": seconds, **compare(case, table, score, parts)})
 
 
 if __name__ == "__main__":

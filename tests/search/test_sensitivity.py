@@ -1,6 +1,7 @@
 """The search on small models: what it promises about bytes, budgets, the user's model, files and bad input."""
 
 import copy
+import functools
 import json
 import math
 import warnings
@@ -219,6 +220,18 @@ def test_cache_makes_a_second_search_free(model: TiedModel, data: list[Tensor], 
     path.write_text("something else\n")
     with pytest.raises(hb.FileFormatError, match=r"is not a cache of sensitivities"):
         hb.measure_sensitivity(model, data, SCHEMES, cache=path, progress=False)
+
+
+def test_cache_tells_losses_apart(model: TiedModel, data: list[Tensor], tmp_path: Path) -> None:
+    def size(module: nn.Module, batch: Tensor, power: float) -> float:
+        return float(module(batch).abs().pow(power).mean())
+
+    losses = [lambda m, b: size(m, b, 1.0), lambda m, b: size(m, b, 2.0), functools.partial(size, power=3.0)]
+    found = [
+        hb.measure_sensitivity(model, data, SCHEMES, loss=loss, cache=tmp_path / "cache.jsonl", progress=False)
+        for loss in losses
+    ]
+    assert len({str(table.uniform_losses) for table in found}) == 3
 
 
 def test_interrupted_search_goes_on_from_its_cache(model: TiedModel, data: list[Tensor], tmp_path: Path) -> None:

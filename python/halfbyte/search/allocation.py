@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.recipe import Recipe
 from halfbyte.search.bench import FLOAT, weight_bits
+from halfbyte.search.plots import plot_bits
 from halfbyte.search.units import Unit
 from halfbyte.table import Table, format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -45,10 +51,11 @@ class Allocation(Recipe):
     def bits_per_weight(self) -> float:
         """Weight bits of the units, averaged over weights; scales and zero points not counted. Floating point counts as 32."""
         weights = sum(unit.weights for unit in self.units)
-        bits = sum(self._bits(unit) * unit.weights for unit in self.units)
+        bits = sum(self.bits_of(unit) * unit.weights for unit in self.units)
         return bits / weights if weights else 0.0
 
-    def _bits(self, unit: Unit) -> int:
+    def bits_of(self, unit: Unit) -> int:
+        """Weight bits of a unit; floating point counts as 32."""
         return weight_bits(self.overrides.get(unit.modules[0]))
 
     def to_dict(self) -> dict[str, object]:
@@ -65,6 +72,18 @@ class Allocation(Recipe):
             "limits": dict(self.limits),
         }
 
+    def plot(self, path: str | Path | None = None, *, axes: Axes | None = None) -> Axes:
+        """Draws the bits of every module, in the order of the model.
+
+        Args:
+            path: PNG, SVG or PDF to write.
+            axes: matplotlib axes to draw into; default: new ones.
+
+        Raises:
+            ImportError: matplotlib is missing; it comes with the extra `plot`.
+        """
+        return plot_bits(self, path, axes)
+
     def slack(self) -> dict[str, float]:
         """By what part of each budget the allocation stays below it; the held-out loss counts where there is one."""
         loss = self.loss if self.held_out_loss is None else self.held_out_loss
@@ -79,7 +98,7 @@ class Allocation(Recipe):
         table = Table(["module", "weights", "scheme", "bits"], right={1, 3})
         for unit in self.units:
             key = self.choices[unit.name]
-            bits = self._bits(unit)
+            bits = self.bits_of(unit)
             table.add(unit.name, f"{unit.weights:,}", key, f"{bits:2d} {'▇' * (bits if key != FLOAT else 16)}")
         summary = [format_bytes(self.bytes), f"{self.loss_name} {self.loss:.3e}"]
         if self.latency is not None:

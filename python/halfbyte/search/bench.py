@@ -46,6 +46,25 @@ class Candidate:
     modules: Mapping[str, nn.Module] = field(repr=False)
 
 
+def short_labels(keys: Sequence[str]) -> dict[str, str]:
+    """Key to as many of its first words as tell it apart, for tables and plots.
+
+    Example:
+        >>> short_labels(["int8 per channel", "int4 group 32", "int4 group 64"])
+        {'int8 per channel': 'int8', 'int4 group 32': 'int4 group 32', 'int4 group 64': 'int4 group 64'}
+    """
+
+    def shortest(key: str) -> str:
+        words = key.split()
+        for count in range(1, len(words)):
+            start = words[:count]
+            if all(other == key or other.split()[:count] != start for other in keys):
+                return " ".join(start).rstrip(",")
+        return key
+
+    return {key: shortest(key) for key in keys}
+
+
 class Workbench:
     """A model whose units can be switched between candidates.
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,23 @@ def content_hash(model: nn.Module, batches: Sequence[object], settings: Mapping[
             digest.update(pickle.dumps(part))
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def describe_callable(function: Callable[..., object]) -> list[str]:
+    """Name and code of a function or callable object, for `content_hash`. What it refers to is not part of it."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    parts = [f"{named.__module__}.{named.__qualname__}"]
+    if isinstance(function, partial):
+        parts += describe_callable(function.func)
+    if isinstance(code, CodeType):
+        parts += _describe_code(code)
+    return parts
+
+
+def _describe_code(code: CodeType) -> list[str]:
+    inner = [_describe_code(c) if isinstance(c, CodeType) else [repr(c)] for c in code.co_consts]
+    return [code.co_code.hex(), *code.co_names, *(text for texts in inner for text in texts)]
 
 
 def _update(digest: hashlib._Hash, tensor: Tensor) -> None:

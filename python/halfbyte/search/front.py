@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from halfbyte.search.allocation import Allocation
-from halfbyte.search.bench import FLOAT
+from halfbyte.search.bench import short_labels
+from halfbyte.search.plots import plot_front
 from halfbyte.table import Table, format_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Front:
     def without_dominated(self) -> Front:
         """The front without points that another beats in both."""
         kept: list[Allocation] = []
-        for point in sorted(self.points, key=lambda p: (self._cost(p), p.loss)):
+        for point in sorted(self.points, key=lambda p: (self.cost_of(p), p.loss)):
             if not kept or point.loss < kept[-1].loss:
                 kept.append(point)
         return replace(self, points=tuple(kept))
@@ -61,55 +62,19 @@ class Front:
         Raises:
             ImportError: matplotlib is missing; it comes with the extra `plot`.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install 'halfbyte[plot]'") from error
-        figure = None
-        if axes is None:
-            figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        scale, unit = (1e-6, "MB") if self.cost == "bytes" else (1e3, "ms")
-        xs, ys = [scale * self._cost(p) for p in self.points], [p.loss for p in self.points]
-        axes.plot(xs, ys, "o-", color="tab:blue", label="searched", zorder=3)
-        named = {key: point for key, point in self.uniform.items() if key != FLOAT}
-        axes.plot(
-            [scale * self._cost(p) for p in named.values()],
-            [p.loss for p in named.values()],
-            "s",
-            color="tab:gray",
-            label="one scheme everywhere",
-        )
-        for key, point in named.items():
-            axes.annotate(key, (scale * self._cost(point), point.loss), (4, 4), textcoords="offset points", fontsize=7)
-        if FLOAT in self.uniform:
-            axes.axvline(scale * self._cost(self.uniform[FLOAT]), color="tab:gray", linestyle=":", label="float")
-        if chosen is not None:
-            axes.plot(
-                [scale * self._cost(chosen)], [chosen.loss], "*", ms=15, color="tab:red", label="chosen", zorder=4
-            )
-        if all(y > 0 for y in ys):
-            axes.set_yscale("log")
-        axes.set_xlabel(f"{'size' if self.cost == 'bytes' else 'latency of one pass'} ({unit})")
-        axes.set_ylabel(
-            {"kl": "KL to float (nats)", "mse": "relative squared error"}.get(self.loss_name, self.loss_name)
-        )
-        axes.grid(alpha=0.3)
-        axes.legend()
-        if path is not None:
-            axes.get_figure().savefig(path, dpi=150)  # type: ignore[union-attr]
-            if figure is not None:
-                plt.close(figure)
-        return axes
+        return plot_front(self, path, chosen, axes)
 
-    def _cost(self, point: Allocation) -> float:
+    def cost_of(self, point: Allocation) -> float:
+        """Bytes or seconds of a point, whichever this front trades."""
         value = point.bytes if self.cost == "bytes" else point.latency
         assert value is not None
         return float(value)
 
     def _table(self) -> Table:
         table = Table(["", "size", "latency", "bits/weight", self.loss_name], right={1, 2, 3, 4})
-        rows = [("", point) for point in self.points] + [(f"all {key}", p) for key, p in self.uniform.items()]
-        for label, point in sorted(rows, key=lambda row: self._cost(row[1])):
+        labels = short_labels(list(self.uniform))
+        rows = [("", point) for point in self.points] + [(f"all {labels[k]}", p) for k, p in self.uniform.items()]
+        for label, point in sorted(rows, key=lambda row: self.cost_of(row[1])):
             latency = "" if point.latency is None else f"{1e3 * point.latency:.3f} ms"
             loss = f"{point.loss:.3e}" if point.loss else "0"
             table.add(label or "searched", format_bytes(point.bytes), latency, f"{point.bits_per_weight:.2f}", loss)

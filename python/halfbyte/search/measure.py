@@ -15,7 +15,7 @@ from halfbyte.errors import QuantizationError
 from halfbyte.progress import track
 from halfbyte.schemes import Scheme
 from halfbyte.search.bench import FLOAT, Choices, Workbench, build_workbench
-from halfbyte.search.cache import MeasurementCache, content_hash
+from halfbyte.search.cache import MeasurementCache, content_hash, describe_callable
 from halfbyte.search.losses import Loss, LossMeter, Measurement
 from halfbyte.search.proxies import proxy_scores
 from halfbyte.search.session import Session
@@ -67,7 +67,8 @@ def measure_sensitivity(
         calibration: Batches for those algorithms and for static ranges; default: `data`.
         forward: `forward(model, batch)`, for batches that are not arguments of the model.
         cache: A file that keeps every measurement under a hash of weights, data and settings: an interrupted search goes on
-            there, a second one is free.
+            there, a second one is free. Of a callable loss and of `forward`, name and code count: when what they refer to
+            changes, such as labels, name another file.
         progress: Show progress bars on stderr.
 
     Returns:
@@ -113,7 +114,8 @@ def measure_sensitivity(
     settings: dict[str, object] = {
         "schemes": [s.to_dict() for s in by_key.values()],
         "algorithms": [repr(a) for a in chosen],
-        "loss": loss if isinstance(loss, str) else f"{loss.__module__}.{loss.__qualname__}",
+        "loss": loss if isinstance(loss, str) else describe_callable(loss),
+        "forward": None if forward is None else describe_callable(forward),
         "calibration": None if calibration is None else content_hash(nn.Module(), calibrating, {}),
     }
     subject = content_hash(model, batches, settings) if cache is not None else ""

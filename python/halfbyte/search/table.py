@@ -16,7 +16,7 @@ from halfbyte.errors import QuantizationError
 from halfbyte.recipe import Pattern
 from halfbyte.schemes import Scheme
 from halfbyte.search.allocation import Allocation
-from halfbyte.search.bench import FLOAT, Choices
+from halfbyte.search.bench import FLOAT, Choices, short_labels
 from halfbyte.search.constraints import allowed_candidates
 from halfbyte.search.correction import correct
 from halfbyte.search.front import Front
@@ -346,7 +346,7 @@ class SensitivityTable:
 
     def _table(self) -> Table:
         keys = list(self.schemes)
-        table = Table(["module", "weights", *keys], right=set(range(1, 2 + len(keys))))
+        table = Table(["module", "weights", *short_labels(keys).values()], right=set(range(1, 2 + len(keys))))
         units = {unit.name: unit for unit in self.units}
 
         def cell(row: Mapping[str, Entry], key: str) -> str:
