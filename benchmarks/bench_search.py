@@ -67,10 +67,14 @@ class Scorer:
 
     table: hb.SensitivityTable
     case: searched.Case
+    kept: Path | None
     known: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.float = self._log_probs({}).double()
+        if self.kept is not None and self.kept.exists():
+            for line in self.kept.read_text(encoding="utf-8").splitlines():
+                self.known.update(json.loads(line))
 
     def __call__(self, choices: Choices) -> dict[str, float]:
         key = str(sorted(choices.items()))
@@ -83,6 +87,9 @@ class Scorer:
             if self.case.labels is not None:
                 row["top1"] = float((found.argmax(-1) == self.case.labels).float().mean())
             self.known[key] = row
+            if self.kept is not None:
+                with self.kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({key: row}) + "\n")
         return self.known[key]
 
     def _log_probs(self, choices: Choices) -> torch.Tensor:
@@ -95,14 +102,16 @@ def measure(case: searched.Case, cache: Path | None, progress: bool) -> hb.Sensi
 
 
 def compare(
-    case: searched.Case, table: hb.SensitivityTable, score: Scorer, parts: Sequence[float]
+    case: searched.Case, table: hb.SensitivityTable, score: Scorer, parts: Sequence[float], cache: Path | None
 ) -> dict[str, object]:
     """Every allocation between the uniform widths at equal bytes, at the bytes of each uniform width, and the front."""
     uniform = {key: score(dict.fromkeys(table.entries, key)) for key in table.schemes}
     keys = sorted(table.schemes, key=lambda key: uniform[key]["bytes"])
     start = time.perf_counter()
-    trace = hb.measure_sensitivity(case.model, case.measuring[:4], case.schemes, method="trace", progress=False)
-    seconds = {"trace": time.perf_counter() - start, "solver": 0.0, "corrections": 0.0}
+    trace = hb.measure_sensitivity(
+        case.model, case.measuring[:4], case.schemes, method="trace", cache=cache, progress=False
+    )
+    seconds = {"trace": time.perf_counter() - start, "allocations": 0.0}
     between = []
     for (narrow, wide), part in itertools.product(itertools.pairwise(keys), parts):
         low, high = uniform[narrow]["bytes"], uniform[wide]["bytes"]
@@ -110,7 +119,7 @@ def compare(
         budget = table.bytes_of(rule)
         start = time.perf_counter()
         found = table.allocate(max_bytes=budget)
-        seconds["corrections"] += time.perf_counter() - start
+        seconds["allocations"] += time.perf_counter() - start
         row = {
             "between": [narrow, wide],
             "budget": budget,
@@ -217,11 +226,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep("latency", latency(case, table, options.latency))
         return
     print(f"{options.model}: {len(table.units)} units, {seconds:.0f} s\n{table}", flush=True)
-    score = Scorer(table, case)
+    score = Scorer(table, case, options.cache and options.cache.with_suffix(".scores"))
     if options.check:
         keep("prediction", check(table, score))
     parts = [float(part) for part in options.parts.split(",")]
-    keep("accuracy", {"units": len(table.units), "measuring": seconds, **compare(case, table, score, parts)})
+    keep(
+        "accuracy",
+        {"units": len(table.units), "measuring": seconds, **compare(case, table, score, parts, options.cache)},
+    )
 
 
 if __name__ == "__main__":
