@@ -1,26 +1,39 @@
 // The weighted sum of some rows of a low-bit table, read as they are packed (the rows layout of packing.h).
 //
-//   out[e] = sum over rows r in order of fma(factor[r, g], float(u[r, e] - zero[r, g]), sum), from 0; g = e /
+//   out[e] = sum over rows r in order of fma(weight * scale[r, g], float(u[r, e] - zero[r, g]), sum); g = e /
 //   group_size
 //
-// A factor is a row's scale, times the weight that a bag gives the row. The bits are equal on every level.
+// from 0, or from what `out` holds. The bits are equal on every level.
 #pragma once
+#include "halfbyte/elementwise.h"
 #include "halfbyte/types.h"
 
 namespace halfbyte {
 
-struct BagRows {
-  const uint8_t* const* codes;  // [count]: packed codes of each row
-  const float* factor;          // [count, groups]
-  const int32_t* zero;          // [count, groups]
-  int64_t count, dim, group_size;
+struct BagTable {
+  const uint8_t* codes;  // row r begins at r * row_bytes
+  int64_t row_bytes;
+  const void* scale;  // [rows, groups], scale_type
+  FloatType scale_type;
+  const uint8_t* zero_point;  // [rows, groups], or null: `zero` for all
+  int32_t zero;
+  int64_t dim, group_size;
   int bits;  // 8, 4 or 2; of several groups, each must fill whole vectors: group_size % bag_vector(bits) == 0
 };
 
 constexpr int64_t bag_vector(int bits) { return 16 * (8 / bits); }  // elements of sixteen packed bytes
 
+struct Bag {
+  const int64_t* ids;
+  int64_t count;
+  int64_t readable;      // entries of `ids` that are there, those of later bags included: rows to ask memory for
+  const float* weights;  // [count], or null: 1
+  int64_t padding_row;   // left out; -1: none
+  bool add;              // to what `out` holds
+};
+
 struct EmbeddingBagKernels {
-  void (*sum_rows)(const BagRows& rows, float* out);
+  void (*sum_rows)(const BagTable& table, const Bag& bag, float* out);
 };
 
 }  // namespace halfbyte

@@ -75,6 +75,12 @@ HALFBYTE_INLINE I32x16 sub_i32(I32x16 a, I32x16 b) {
 HALFBYTE_INLINE I32x16 mul_i32(I32x16 a, I32x16 b) {
   return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
 }
+template <int Right, int Mask>
+HALFBYTE_INLINE I32x16 shift_and_i32(I32x16 a) {
+  const __m256i mask = _mm256_set1_epi32(Mask);
+  return {_mm256_and_si256(_mm256_srli_epi32(a.lo, Right), mask),
+          _mm256_and_si256(_mm256_srli_epi32(a.hi, Right), mask)};
+}
 HALFBYTE_INLINE F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 HALFBYTE_INLINE __m256 bf16_to_f32(__m128i x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));

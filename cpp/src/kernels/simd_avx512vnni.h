@@ -49,6 +49,10 @@ HALFBYTE_INLINE I32x16 load_u8_to_i32(const uint8_t* p) {
 HALFBYTE_INLINE I32x16 add_i32(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 HALFBYTE_INLINE I32x16 sub_i32(I32x16 a, I32x16 b) { return _mm512_sub_epi32(a, b); }
 HALFBYTE_INLINE I32x16 mul_i32(I32x16 a, I32x16 b) { return _mm512_mullo_epi32(a, b); }
+template <int Right, int Mask>
+HALFBYTE_INLINE I32x16 shift_and_i32(I32x16 a) {
+  return _mm512_and_si512(_mm512_srli_epi32(a, Right), _mm512_set1_epi32(Mask));
+}
 HALFBYTE_INLINE F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
 HALFBYTE_INLINE F32x16 load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -112,6 +112,11 @@ HALFBYTE_INLINE I32x16 sub_i32(I32x16 a, I32x16 b) {
 HALFBYTE_INLINE I32x16 mul_i32(I32x16 a, I32x16 b) {
   return map_i32([&](int i) { return wrap(uint32_t(a.v[i]) * uint32_t(b.v[i])); });
 }
+// (a >> Right) & Mask of integers that are not negative
+template <int Right, int Mask>
+HALFBYTE_INLINE I32x16 shift_and_i32(I32x16 a) {
+  return map_i32([&](int i) { return (a.v[i] >> Right) & Mask; });
+}
 HALFBYTE_INLINE F32x16 to_float(I32x16 a) {
   return map_f32([&](int i) { return static_cast<float>(a.v[i]); });
 }

@@ -17,71 +17,64 @@ namespace {
 enum class Mode : int64_t { kSum = 0, kMean = 1, kMax = 2 };
 
 constexpr int64_t kGrain = 1 << 13;  // elements read that a thread takes at least
-constexpr int64_t kPiece = 1024;     // rows of a bag that are summed at a time; pieces are added in order
-constexpr int64_t kAhead = 32;       // rows between the one at hand and the one being prefetched: a bag or so
+constexpr int64_t kPiece = 1024;     // rows of a bag that are unpacked at a time
 
 struct Table {
   TileShape shape;
   bool tiled;
-  const uint8_t* codes;
-  int64_t row_bytes;  // rows layout
-  const std::byte* scale;
-  FloatType scale_type;
-  const uint8_t* zero_point;
+  BagTable packed;  // as it is in memory; `codes` and qparams are read with the tiles layout in mind if `tiled`
   const float* codebook;
 
-  bool binary() const { return shape.bits == 1 && zero_point == nullptr && codebook == nullptr; }
   int64_t qparam_at(int64_t row, int64_t group) const {
     return tiled ? group * shape.out_features + row : row * shape.groups() + group;
   }
   float scale_at(int64_t at) const {
-    if (scale_type == FloatType::kFloat32) return reinterpret_cast<const float*>(scale)[at];
     float value;
-    kernels().elementwise.to_float(scale + at * 2, scale_type, &value, 1);
+    const auto* scale = static_cast<const std::byte*>(packed.scale);
+    const auto bytes = packed.scale_type == FloatType::kFloat32 ? 4 : 2;
+    kernels().elementwise.to_float(scale + at * bytes, packed.scale_type, &value, 1);
     return value;
   }
-  // Codes, scale and zero point of a row that will be read soon. Into the second-level cache: it takes more requests at
-  // a time than the first.
-  void prefetch(int64_t row) const {
-    if (tiled) return;
-    const auto request = [](const void* address) { __builtin_prefetch(address, 0, 2); };
-    const uint8_t* packed = codes + row * row_bytes;
-    for (int64_t byte = 0; byte < row_bytes; byte += 64) request(packed + byte);
-    request(packed + row_bytes - 1);
-    request(scale + qparam_at(row, 0) * (scale_type == FloatType::kFloat32 ? 4 : 2));
-    if (zero_point != nullptr) request(zero_point + qparam_at(row, 0));
-  }
+  bool binary() const { return shape.bits == 1 && packed.zero_point == nullptr && codebook == nullptr; }
 };
 
 // Reduces bags one after another with buffers of its own.
 class BagReader {
  public:
-  BagReader(const Table& table, Mode mode, const int64_t* ids, int64_t count, const float* weights, int64_t padding_row)
-      : table_(table), mode_(mode), ids_(ids), count_(count), weights_(weights), padding_row_(padding_row) {
+  // `bags` describes all of them at once.
+  BagReader(const Table& table, Mode mode, const Bag& bags) : table_(table), mode_(mode), bags_(bags) {
     const TileShape& shape = table.shape;
     const int bits = shape.bits;
     const bool packs_whole = bits == 8 || bits == 4 || bits == 2;
     packed_ = packs_whole && !table.tiled && mode != Mode::kMax && table.codebook == nullptr &&
               (shape.groups() == 1 || shape.group_size % bag_vector(bits) == 0);
-    sum_.resize(static_cast<size_t>(shape.in_features));
   }
 
   // out[embedding_dim] of indices [begin, end).
   void read(int64_t begin, int64_t end, float* out) {
     const int64_t dim = table_.shape.in_features;
     int64_t rows = 0;
-    std::fill(out, out + dim, 0.f);
-    for (int64_t at = begin; at < end;) {
-      const int64_t taken = take(at, end);
-      if (taken == 0) continue;
-      if (mode_ == Mode::kMax) {
-        maximum(out, rows == 0);
-      } else {
-        float* sum = rows == 0 ? out : sum_.data();
-        add_up(sum);
-        for (int64_t e = 0; sum != out && e < dim; ++e) out[e] += sum[e];
+    if (packed_) {
+      rows = end - begin - std::count(bags_.ids + begin, bags_.ids + end, bags_.padding_row);
+      kernels().embedding_bag.sum_rows(table_.packed,
+                                       {.ids = bags_.ids + begin,
+                                        .count = end - begin,
+                                        .readable = bags_.count - begin,
+                                        .weights = bags_.weights == nullptr ? nullptr : bags_.weights + begin,
+                                        .padding_row = bags_.padding_row,
+                                        .add = false},
+                                       out);
+    } else {
+      std::fill(out, out + dim, 0.f);
+      for (int64_t at = begin; at < end;) {
+        const int64_t taken = unpack(at, end);
+        if (mode_ == Mode::kMax) {
+          maximum(out, taken, rows == 0);
+        } else {
+          add_up(out, taken);
+        }
+        rows += taken;
       }
-      rows += taken;
     }
     if (mode_ == Mode::kMean && rows > 0) {
       for (int64_t e = 0; e < dim; ++e) out[e] /= static_cast<float>(rows);
@@ -89,76 +82,78 @@ class BagReader {
   }
 
  private:
-  // The next rows of a bag with their factors and zero points, padding left out; moves `at` past them.
-  int64_t take(int64_t& at, int64_t end) {
-    rows_.clear();
-    factor_.clear();
-    const int64_t groups = table_.shape.groups();
-    const bool plain = groups == 1 && !table_.tiled && table_.scale_type == FloatType::kFloat32;
-    for (; at < end && static_cast<int64_t>(rows_.size()) < kPiece; ++at) {
-      if (at + kAhead < count_) table_.prefetch(ids_[at + kAhead]);
-      const int64_t row = ids_[at];
-      if (row == padding_row_) continue;
-      rows_.push_back(row);
-      const float weight = weights_ == nullptr ? 1.f : weights_[at];
-      if (plain) {
-        factor_.push_back(weight * reinterpret_cast<const float*>(table_.scale)[row]);
+  // Codes of the next rows of a bag, one byte each, with their factors and zero points, padding left out; moves `at`
+  // past them and returns how many there are. Binary rows give twice the code, with a zero point of 1.
+  int64_t unpack(int64_t& at, int64_t end) {
+    const TileShape& shape = table_.shape;
+    const auto dim = static_cast<size_t>(shape.in_features);
+    int64_t rows = 0;
+    codes_.clear(), factor_.clear(), zero_.clear();
+    for (; at < end && rows < kPiece; ++at) {
+      const int64_t row = bags_.ids[at];
+      if (row == bags_.padding_row) continue;
+      codes_.resize(codes_.size() + dim);
+      uint8_t* to = codes_.data() + codes_.size() - dim;
+      if (table_.tiled) {
+        unpack_tile_row(table_.packed.codes, shape, row, to);
       } else {
-        for (int64_t g = 0; g < groups; ++g) factor_.push_back(weight * table_.scale_at(table_.qparam_at(row, g)));
+        unpack_rows(table_.packed.codes + row * table_.packed.row_bytes, 1, shape.in_features, shape.bits, to);
       }
-    }
-    zero_.resize(factor_.size(), table_.binary() ? 1 : 1 << (table_.shape.bits - 1));
-    if (table_.zero_point != nullptr) {
-      size_t to = 0;
-      for (const int64_t row : rows_) {
-        for (int64_t g = 0; g < groups; ++g) zero_[to++] = table_.zero_point[table_.qparam_at(row, g)];
+      for (int64_t g = 0; g < shape.groups(); ++g) {
+        const int64_t qparam = table_.qparam_at(row, g);
+        factor_.push_back((bags_.weights == nullptr ? 1.f : bags_.weights[at]) * table_.scale_at(qparam));
+        if (table_.packed.zero_point != nullptr) zero_.push_back(table_.packed.zero_point[qparam]);
       }
+      ++rows;
     }
-    return static_cast<int64_t>(rows_.size());
+    if (table_.binary()) {
+      for (uint8_t& code : codes_) code = static_cast<uint8_t>(2 * code);
+    }
+    return rows;
   }
 
-  void add_up(float* out) {
+  void add_up(float* out, int64_t rows) {
     const TileShape& shape = table_.shape;
-    const auto count = static_cast<int64_t>(rows_.size());
-    codes_.resize(rows_.size());
-    const auto kernel = kernels().embedding_bag.sum_rows;
-    if (packed_) {
-      for (size_t r = 0; r < rows_.size(); ++r) codes_[r] = table_.codes + rows_[r] * table_.row_bytes;
-      return kernel(
-          {codes_.data(), factor_.data(), zero_.data(), count, shape.in_features, shape.group_size, shape.bits}, out);
-    }
-    unpack();
-    const int64_t groups = shape.groups();
     if (table_.codebook != nullptr) {
-      std::fill_n(out, shape.in_features, 0.f);
-      for (size_t r = 0; r < rows_.size(); ++r) {
+      for (int64_t r = 0; r < rows; ++r) {
         for (int64_t e = 0; e < shape.in_features; ++e) out[e] += value(r, e);
       }
       return;
     }
-    if (groups == 1 || shape.group_size % bag_vector(8) == 0) {
-      for (size_t r = 0; r < rows_.size(); ++r) codes_[r] = unpacked_row(r);
-      return kernel({codes_.data(), factor_.data(), zero_.data(), count, shape.in_features, shape.group_size, 8}, out);
+    for (int64_t row = static_cast<int64_t>(row_numbers_.size()); row < rows; ++row) row_numbers_.push_back(row);
+    BagTable table = {.codes = codes_.data(),
+                      .row_bytes = shape.in_features,
+                      .scale = factor_.data(),
+                      .scale_type = FloatType::kFloat32,
+                      .zero_point = zero_.empty() ? nullptr : zero_.data(),
+                      .zero = table_.packed.zero,
+                      .dim = shape.in_features,
+                      .group_size = shape.group_size,
+                      .bits = 8};
+    const Bag bag = {row_numbers_.data(), rows, 0, nullptr, -1, true};
+    if (shape.groups() == 1 || shape.group_size % bag_vector(8) == 0) {
+      return kernels().embedding_bag.sum_rows(table, bag, out);
     }
-    std::vector<float> factor(rows_.size());
-    std::vector<int32_t> zero(rows_.size());
-    for (int64_t g = 0; g < groups; ++g) {
-      for (size_t r = 0; r < rows_.size(); ++r) {
-        const size_t at = r * static_cast<size_t>(groups) + static_cast<size_t>(g);
-        codes_[r] = unpacked_row(r) + g * shape.group_size;
+    // Groups that do not fill vectors are tables of their own.
+    std::vector<float> factor(static_cast<size_t>(rows));
+    std::vector<uint8_t> zero(zero_.empty() ? 0 : factor.size());
+    table.dim = shape.group_size;
+    table.scale = factor.data();
+    if (!zero.empty()) table.zero_point = zero.data();
+    for (int64_t g = 0; g < shape.groups(); ++g) {
+      for (size_t r = 0; r < factor.size(); ++r) {
+        const size_t at = r * static_cast<size_t>(shape.groups()) + static_cast<size_t>(g);
         factor[r] = factor_[at];
-        zero[r] = zero_[at];
+        if (!zero.empty()) zero[r] = zero_[at];
       }
-      kernel({codes_.data(), factor.data(), zero.data(), count, shape.group_size, shape.group_size, 8},
-             out + g * shape.group_size);
+      table.codes = codes_.data() + g * shape.group_size;
+      kernels().embedding_bag.sum_rows(table, bag, out + g * shape.group_size);
     }
   }
 
-  void maximum(float* out, bool first) {
-    const TileShape& shape = table_.shape;
-    unpack();
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      for (int64_t e = 0; e < shape.in_features; ++e) {
+  void maximum(float* out, int64_t rows, bool first) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t e = 0; e < table_.shape.in_features; ++e) {
         const float x = value(r, e);
         out[e] = (first && r == 0) || x > out[e] ? x : out[e];
       }
@@ -166,43 +161,21 @@ class BagReader {
   }
 
   // Element e of unpacked row r times the row's weight.
-  float value(size_t r, int64_t e) {
+  float value(int64_t r, int64_t e) const {
     const TileShape& shape = table_.shape;
-    const size_t qparam = r * static_cast<size_t>(shape.groups()) + static_cast<size_t>(e / shape.group_size);
-    const uint8_t code = unpacked_row(r)[e];
-    return factor_[qparam] *
-           (table_.codebook != nullptr ? table_.codebook[code] : static_cast<float>(code - zero_[qparam]));
+    const auto qparam = static_cast<size_t>(r * shape.groups() + e / shape.group_size);
+    const uint8_t code = codes_[static_cast<size_t>(r * shape.in_features + e)];
+    if (table_.codebook != nullptr) return factor_[qparam] * table_.codebook[code];
+    return factor_[qparam] * static_cast<float>(code - (zero_.empty() ? table_.packed.zero : zero_[qparam]));
   }
-
-  // Codes of the rows at hand, one byte each; twice the code of a binary row, whose zero point is 1.
-  void unpack() {
-    const TileShape& shape = table_.shape;
-    unpacked_.resize(rows_.size() * static_cast<size_t>(shape.in_features));
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      if (table_.tiled) {
-        unpack_tile_row(table_.codes, shape, rows_[r], unpacked_row(r));
-      } else {
-        unpack_rows(table_.codes + rows_[r] * table_.row_bytes, 1, shape.in_features, shape.bits, unpacked_row(r));
-      }
-    }
-    if (table_.binary()) {
-      for (uint8_t& code : unpacked_) code = static_cast<uint8_t>(2 * code);
-    }
-  }
-  uint8_t* unpacked_row(size_t r) { return unpacked_.data() + r * static_cast<size_t>(table_.shape.in_features); }
 
   const Table& table_;
   Mode mode_;
-  const int64_t* ids_;
-  int64_t count_;
-  const float* weights_;
-  int64_t padding_row_;
+  Bag bags_;
   bool packed_;
-  std::vector<int64_t> rows_;
-  std::vector<float> factor_, sum_;
-  std::vector<int32_t> zero_;
-  std::vector<const uint8_t*> codes_;
-  std::vector<uint8_t> unpacked_;
+  std::vector<uint8_t> codes_, zero_;
+  std::vector<float> factor_;
+  std::vector<int64_t> row_numbers_;
 };
 
 // The values of an int32 or int64 tensor.
@@ -283,20 +256,29 @@ Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor 
   if (zero_point) zeros.emplace(as_contiguous(*zero_point));
   const Table table = {.shape = shape,
                        .tiled = tiled,
-                       .codes = static_cast<const uint8_t*>(codes.const_data_ptr()),
-                       .row_bytes = row_bytes,
-                       .scale = static_cast<const std::byte*>(scales.const_data_ptr()),
-                       .scale_type = float_type(scales, "scale"),
-                       .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr,
+                       .packed = {.codes = static_cast<const uint8_t*>(codes.const_data_ptr()),
+                                  .row_bytes = row_bytes,
+                                  .scale = scales.const_data_ptr(),
+                                  .scale_type = float_type(scales, "scale"),
+                                  .zero_point = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr,
+                                  .zero = 1 << (bits - 1),
+                                  .dim = embedding_dim,
+                                  .group_size = group_size,
+                                  .bits = shape.bits},
                        .codebook = codebook ? check_codebook_table(*codebook, bits, zero_point) : nullptr};
   Tensor y = new_tensor(qweight, {bags, embedding_dim}, dtype);
   auto* out = static_cast<std::byte*>(y.mutable_data_ptr());
   const float* weight_data = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
   const auto row_size = embedding_dim * (type == FloatType::kFloat32 ? 4 : 2);
   const int64_t elements_per_bag = embedding_dim * std::max<int64_t>(ids.size() / std::max<int64_t>(bags, 1), 1);
+  const Bag all = {.ids = ids.data(),
+                   .count = ids.size(),
+                   .readable = ids.size(),
+                   .weights = weight_data,
+                   .padding_row = padding_idx.value_or(-1),
+                   .add = false};
   parallel_for(bags, ceil_div(kGrain, elements_per_bag), [&](int64_t begin, int64_t end) {
-    BagReader reader(table, static_cast<Mode>(mode_index), ids.data(), ids.size(), weight_data,
-                     padding_idx.value_or(-1));
+    BagReader reader(table, static_cast<Mode>(mode_index), all);
     std::vector<float> row(type == FloatType::kFloat32 ? 0 : static_cast<size_t>(embedding_dim));
     for (int64_t bag = begin; bag < end; ++bag) {
       const int64_t last = bag + 1 < starts.size() ? starts.data()[bag + 1] : ids.size();
