@@ -130,6 +130,12 @@ def without_padding(batch: object) -> Iterator[None]:
         _tokens.reset(before)
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """Inputs `[..., I]` as one row a token; padding of the batch that runs is left out."""
+    rows, mask = x.detach().reshape(-1, x.shape[-1]), _tokens.get()
+    return rows if mask is None or mask.shape != x.shape[:-1] else rows[mask.reshape(-1)]
+
+
 class InputStatistics:
     """Mean square of each input feature of a module, over all tokens seen; registered as a forward pre-hook.
 
@@ -158,7 +164,7 @@ class InputStatistics:
         Raises:
             QuantizationError: NaN or inf among the inputs; names the module.
         """
-        rows = self._rows(x)
+        rows = tokens_of(x)
         self._add(rows)
         self.tokens += rows.shape[0]
         self.batches += 1
@@ -175,11 +181,6 @@ class InputStatistics:
             self._add(rows)
             self.tokens += rows.shape[0]
         self.batches += 1
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """One row a token; padding is left out."""
-        rows, mask = x.detach().reshape(-1, x.shape[-1]), _tokens.get()
-        return rows if mask is None or mask.shape != x.shape[:-1] else rows[mask.reshape(-1)]
 
     def _add(self, rows: Tensor) -> None:
         squares = rows.float().square().sum(dim=0, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import ops
-from halfbyte.calibration import InputStatistics
+from halfbyte.calibration import InputStatistics, tokens_of
 from halfbyte.errors import QuantizationError
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +48,7 @@ class InputHessian(InputStatistics):
         Raises:
             QuantizationError: NaN or inf among the inputs of the float model.
         """
-        rows, float_rows = self._rows(x), self._rows(float_x)
+        rows, float_rows = tokens_of(x), tokens_of(float_x)
         if not torch.isfinite(float_rows).all():
             raise self._not_finite()
         if self._drift is None:

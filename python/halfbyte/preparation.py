@@ -221,10 +221,13 @@ class Preparation:
         return last if isinstance(last, HessianRounding) else None
 
     def importance_of(self, row: PlanRow) -> Tensor | None:
-        """Mean square of each input of a module, or None if nothing was run."""
+        """Mean square of each input of a module, or its variance where the bias makes up for the mean; None if nothing ran."""
         if row.name not in self.statistics or not any(s.tokens for s in self.statistics.values()):
             return None
-        return self.statistics[row.name].mean_square
+        mean_square = self.statistics[row.name].mean_square
+        if row.name not in self.means:
+            return mean_square
+        return (mean_square - self.means[row.name].square_of_mean).clamp(min=0).float()
 
 
 def _check_algorithms(
@@ -241,10 +244,10 @@ def _check_algorithms(
     roundings = [a for a in algorithms if not isinstance(a, Transform | BiasCorrection)]
     if len(roundings) > 1:
         raise ValueError(f"algorithms=[{names}]: only one can choose the integers of a weight; name one")
-    if roundings and roundings[0] is not algorithms[-1]:
+    in_order = [a for a in algorithms if not isinstance(a, BiasCorrection)]
+    if roundings and roundings[0] is not in_order[-1]:
         raise ValueError(f"algorithms=[{names}]: {type(roundings[0]).__name__} chooses the integers and comes last")
-    last = [a for a in algorithms[-1:] if isinstance(a, Rounding)]
-    return tuple(a for a in algorithms if isinstance(a, Transform)), corrections, tuple(last)
+    return tuple(a for a in algorithms if isinstance(a, Transform)), corrections, tuple(roundings)
 
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:

@@ -131,6 +131,24 @@ def test_bias_correction_removes_the_mean_error_of_each_output(per_channel: bool
     assert shifts["corrected"] < 1e-4 < shifts["plain"]
 
 
+def test_bias_correction_weights_errors_by_the_variance_of_inputs_wherever_it_stands() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 16) * torch.rand(16) + 3 * torch.rand(16)
+    seen = []
+
+    class Record(hb.MSE):
+        def round(self, weight, weight_format, importance):  # type: ignore[no-untyped-def]
+            seen.append(importance)
+            return super().round(weight, weight_format, importance)
+
+    for algorithms in ([Record(), BiasCorrection()], [BiasCorrection(), Record()], [Record()]):
+        model = nn.Sequential(nn.Linear(16, 8))
+        hb.quantize_(model, hb.int4_weight_only(8), [x], algorithms, progress=False)
+    torch.testing.assert_close(seen[0], x.var(0, correction=0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[2], x.square().mean(0), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_without_a_bias_say_so_and_all_compose_in_one_list() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)).eval()
     data = [torch.randn(32, 8)]

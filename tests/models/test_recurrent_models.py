@@ -22,10 +22,12 @@ def test_character_models_keep_their_bits_per_character(name: str, shared_data: 
     for scheme, algorithms, bound in (
         (hb.int8_dynamic(), [], 0.01),
         (hb.int4_weight_only(32), [hb.MSE()], 0.11),
+        (hb.int4_weight_only(32), [hb.MSE(), hb.algorithms.BiasCorrection()], 0.05),
+        (hb.int4_int8_dynamic(32), [hb.MSE(), hb.algorithms.BiasCorrection()], 0.05),
         (hb.int4_weight_only(32), [hb.algorithms.GPTQ()], 0.05),
     ):
         quantized = copy.deepcopy(model)
-        data = [rows[-32:, :128]] if algorithms and algorithms[0].needs_data else None
+        data = [rows[-32:, :128]] if any(algorithm.needs_data for algorithm in algorithms) else None
         report = hb.quantize_(quantized, scheme, data, algorithms, progress=False)
         assert isinstance(quantized.lstm, hb.nn.QuantizedLSTM)
         assert report.bytes_after < report.bytes_before / 3

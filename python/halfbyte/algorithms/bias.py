@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halfbyte.calibration import tokens_of
 from halfbyte.convolution import ConvGeometry, ConvModule
 
 
 @dataclass(frozen=True, slots=True)
 class BiasCorrection:
-    """Takes the mean error of each output channel off its bias. Goes with any rounding, in the same list.
+    """Takes the mean error of each output channel off its bias. Goes with any rounding, anywhere in the same list.
+
+    What is left of the error is its variance, so `MSE` weights errors by the variance of an input then, not by its mean square.
+    Recurrent nets gain most: a good part of what a hidden state carries is its mean, so that rounding shifts every gate.
 
     Layers without a bias are left as they are, with a fallback that says so; fold batch normalization first (`hb.fuse_`).
 
@@ -54,8 +58,8 @@ class InputMean:
             rows = geometry.rows(x.sum(0, keepdim=True, dtype=torch.float64))  # unfolding is linear
             total, count = rows.sum(1), rows.shape[1] * x.shape[0]
         else:
-            rows = x.reshape(1, -1, x.shape[-1])
-            total, count = rows.sum(1, dtype=torch.float64), rows.shape[1]
+            rows = tokens_of(x)
+            total, count = rows.sum(0, keepdim=True, dtype=torch.float64), rows.shape[0]
         self._sum = total if self._sum is None else self._sum + total
         self._rows += count
 
@@ -77,6 +81,12 @@ class InputMean:
             if total is not None:
                 self._sum = total if self._sum is None else self._sum + total
             self._rows += count
+
+    @property
+    def square_of_mean(self) -> Tensor:
+        """`[I]` float64: squares of the means, averaged over the groups of a convolution."""
+        assert self._sum is not None
+        return (self._sum / self._rows).square().mean(0)
 
     def shift(self, error: Tensor, outputs: slice, out_features: int) -> Tensor:
         """`[rows]` float64: what an error `[rows, I]` of the rows `outputs` of a weight adds to them on average.
