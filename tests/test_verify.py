@@ -14,6 +14,7 @@ from halfbyte._extension import available_capabilities, cpu_capability
 
 SCHEMES = {
     "int8_dynamic": hb.int8_dynamic(),
+    "int8_asymmetric": hb.int8_dynamic(symmetric=False),
     "int8_weight_only": hb.int8_weight_only(),
     "int4_group": hb.int4_weight_only(16),
     "int4_symmetric": hb.int4_weight_only(16, symmetric=True),

@@ -100,20 +100,33 @@ def dequantize_codebook(codes: Tensor, scale: Tensor, entries: Tensor, *, group_
     return values * broadcast_qparams(scale.float(), codes, axis=None, group_size=group_size)
 
 
-def quantize_rows_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_dynamic(x: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor]:
     """INT8 codes and scales of each row of `x`, as the integer products find them at run time.
 
     Args:
         x: `[..., I]`, floating point.
+        symmetric: Without zero points; else the 256 codes of a row cover its range, zero included.
 
     Returns:
-        Codes `[..., I]` int32 in [-127, 127] and scales `[..., 1]` float32.
+        Codes less their zero point `[..., I]` int32, in [-127, 127] or spanning 255, and scales `[..., 1]` float32.
     """
     x = x.float()
+    if not symmetric:
+        scale, zero_point = asymmetric_row_qparams(x)
+        return quantize(x, scale, zero_point, qmin=-128, qmax=127, group_size=x.shape[-1]) - zero_point, scale
     largest = torch.nan_to_num(x.abs(), nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
     scale = torch.clamp(largest / 127, min=torch.finfo(torch.float32).tiny)
     codes = quantize(x, scale, torch.zeros_like(scale), qmin=-127, qmax=127, group_size=x.shape[-1])
     return codes, scale
+
+
+def asymmetric_row_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (int32, of signed codes) of each row of `x` `[..., I]`, both `[..., 1]`; NaN does not count."""
+    x = torch.nan_to_num(x.float(), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = torch.clamp((high - low) / 255, min=torch.finfo(torch.float32).tiny)
+    steps = torch.nan_to_num(low * (1 / scale)).clamp(min=-255)
+    return scale, (-128 - torch.round(steps)).to(torch.int32)
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from halfbyte.ops import Layout
 from halfbyte.parametrized import why_resolved
 from halfbyte.parts import ModelInParts, take_apart
 from halfbyte.recipe import Pattern, Recipe, as_recipe
-from halfbyte.schemes import Scheme
+from halfbyte.schemes import Scheme, int8_dynamic
 from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted, is_target, weight_shape, why_float
 
@@ -282,6 +282,10 @@ class _Resolver:
                 choice.scheme = Scheme(weight=choice.scheme.weight)
             if choice.scheme.weight != scheme.weight:
                 choice.reason = "tables keep 8 bits unless an override names them"
+        elif isinstance(module, CONV_TYPES) and scheme.asymmetric_rows:
+            choice.scheme = replace(scheme, activation=int8_dynamic().activation)
+            message = "convolutions have no asymmetric dynamic activations: symmetric ones are used"
+            choice.fallbacks += (Fallback(name, "activation", message),)
         return choice
 
     def _resolve(self, name: str) -> tuple[Scheme | None, Pattern | None]:

@@ -19,6 +19,7 @@ from halfbyte.nn.packed_weight import PANEL
 
 _ELEMENTS = 1 << 21  # of any intermediate in float64: 16 MB
 _MAX_CHUNK = 32768  # inputs that a kernel sums before it converts to float32 (matmul.h)
+_LARGEST_ZERO_POINT = 128
 _UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff
 
 
@@ -104,12 +105,16 @@ def _int8_reference(
     products = a @ weight.transpose(1, 2)  # [G, R, columns]: sums of integers below 2^53, exact
     # A group past the chunk is summed in parts, whose magnitudes add up to at most this.
     magnitudes = products.abs() if module.group_size <= _MAX_CHUNK else a.abs() @ weight.abs().transpose(1, 2)
+    if (
+        module.scheme.asymmetric_rows
+    ):  # the kernel's codes are these plus a zero point, whose products it takes off later
+        magnitudes = (a.abs() + 2 * _LARGEST_ZERO_POINT) @ weight.abs().transpose(1, 2)
     s = act_scale.double()
     bias = _bias(module, outputs)
     exact = s * (scale.unsqueeze(1) * products).sum(0) + bias
     # float(t), one fma a chunk, one for the activation scale and bias: each rounds a number no larger than this sum.
     magnitude = s * (scale.abs().unsqueeze(1) * magnitudes).sum(0) + bias.abs()
-    roundings = products.shape[0] * -(-module.group_size // _MAX_CHUNK) + 3
+    roundings = products.shape[0] * -(-module.group_size // _MAX_CHUNK) + 5
     bound = _bound(exact, magnitude, roundings, dtype)
     return LinearReference(outputs, exact, bound, products.sum(0), magnitudes.sum(0))
 
@@ -121,7 +126,7 @@ def activation_codes(module: QuantizedLinear | QuantizedConv, x: Tensor) -> tupl
     """
     activation = module.scheme.activation
     if activation is None or module.act_scale is None or module.act_zero_point is None:
-        return functional.quantize_rows_dynamic(x)
+        return functional.quantize_rows_dynamic(x, symmetric=not module.scheme.asymmetric_rows)
     half = 1 << (activation.bits - 1)
     codes = functional.quantize(x, module.act_scale, module.act_zero_point, qmin=-half, qmax=half - 1)
     codes = codes - module.act_zero_point

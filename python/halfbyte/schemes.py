@@ -23,7 +23,10 @@ from halfbyte.formats import (
 )
 from halfbyte.observers import MSE, Observer
 
-_INT8_PER_TOKEN = IntFormat(bits=8, symmetric=True, granularity=PerToken(), narrow_range=True)
+_INT8_PER_TOKEN = {
+    symmetric: IntFormat(bits=8, symmetric=symmetric, granularity=PerToken(), narrow_range=symmetric)
+    for symmetric in (False, True)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +64,11 @@ class Scheme:
             raise ValueError(f"integer activations need integer weights, not {self.weight}")
         if (
             self.activation is not None
-            and self.activation != _INT8_PER_TOKEN
+            and self.activation not in _INT8_PER_TOKEN.values()
             and not _has_static_kernel(self.activation)
         ):
             raise ValueError(
-                f"activations in {self.activation} have no kernel; use 8 bits symmetric per token, or 2 to 8 bits per tensor"
+                f"activations in {self.activation} have no kernel; use 8 bits per token, or 2 to 8 bits per tensor"
             )
         if self.observer is not None and (not isinstance(self.observer, Observer) or self.observer.axis is not None):
             raise ValueError(f"observer={self.observer!r} does not observe whole tensors; use e.g. hb.observers.MSE()")
@@ -79,10 +82,15 @@ class Scheme:
         if self.activation is None:
             return f"{self.weight}{'' if isinstance(self.weight, FloatFormat) else ', float activations'}"
         if not self.static:
-            return f"{self.weight}, int8 activations"
+            return f"{self.weight}, {'int8' if self.activation.symmetric else 'uint8'} activations"
         return (
             f"{self.weight}, static {'int' if self.activation.symmetric else 'uint'}{self.activation.bits} activations"
         )
+
+    @property
+    def asymmetric_rows(self) -> bool:
+        """Whether a scale and a zero point of activations are found for each token at run time."""
+        return self.activation is not None and not self.static and not self.activation.symmetric
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description; `Scheme.from_dict` reads it back."""
@@ -107,14 +115,19 @@ class Scheme:
         return Scheme(weight=format_from_dict(weight), activation=activation_format)
 
 
-def int8_dynamic() -> Scheme:
+def int8_dynamic(*, symmetric: bool = True) -> Scheme:
     """INT8 weights per output channel, INT8 activations per token: integer products, scales found at run time.
 
+    Args:
+        symmetric: Activations without a zero point; False: unsigned with one for each token, which uses all codes where inputs
+            are one-sided, such as those that follow a ReLU, and costs a pass over the outputs. Convolutions have no such
+            activations: theirs stay symmetric, which the plan says.
+
     Example:
-        >>> str(int8_dynamic())
-        'int8 per channel, int8 activations'
+        >>> str(int8_dynamic()), str(int8_dynamic(symmetric=False))
+        ('int8 per channel, int8 activations', 'int8 per channel, uint8 activations')
     """
-    return Scheme(weight=_int8_weight(PerAxis(0)), activation=_INT8_PER_TOKEN)
+    return Scheme(weight=_int8_weight(PerAxis(0)), activation=_INT8_PER_TOKEN[symmetric])
 
 
 def int8_weight_only() -> Scheme:
@@ -196,9 +209,16 @@ def codebook_weight_only(values: Sequence[float], group_size: int | None = 64) -
     return Scheme(weight=CodebookFormat(tuple(values), granularity, scale_dtype))
 
 
-def int4_int8_dynamic(group_size: int = 128, symmetric: bool = False) -> Scheme:
-    """W4A8: 4-bit weights in groups, INT8 activations per token, integer products."""
-    return Scheme(weight=_low_bit_weight(4, group_size, symmetric), activation=_INT8_PER_TOKEN)
+def int4_int8_dynamic(group_size: int = 128, symmetric: bool = False, *, symmetric_activations: bool = True) -> Scheme:
+    """W4A8: 4-bit weights in groups, INT8 activations per token, integer products.
+
+    Args:
+        group_size: Inputs that share a scale (float16) and, unless symmetric, a zero point (8 bits).
+        symmetric: Weights without a zero point.
+        symmetric_activations: As `symmetric` of `int8_dynamic`.
+    """
+    weight = _low_bit_weight(4, group_size, symmetric)
+    return Scheme(weight=weight, activation=_INT8_PER_TOKEN[symmetric_activations])
 
 
 def int8_static(*, per_channel: bool = True, symmetric: bool = False, observer: Observer | None = None) -> Scheme:

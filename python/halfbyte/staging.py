@@ -13,6 +13,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from halfbyte import ops
 from halfbyte.nn.packed_weight import PackedWeight
 from halfbyte.ops import Layout
 
@@ -61,7 +62,7 @@ class TensorStore:
             return self._held[key]
         offset, size, dtype = self._spilled[key]
         assert self._file is not None
-        tensor = torch.empty(size, dtype=dtype)
+        tensor = ops.empty_packed(size, dtype)
         self._file.seek(offset)
         read = bytearray(self._file.read(tensor.nbytes))
         tensor.view(torch.uint8).copy_(torch.frombuffer(read, dtype=torch.uint8).view(tensor.view(torch.uint8).shape))

@@ -401,6 +401,7 @@ def _integer_products(module: QuantizedLinear, rows: Tensor, act_scale: Tensor) 
         group_size=module.group_size,
         act_scale=module.act_scale,
         act_zero_point=module.act_zero_point,
+        asymmetric=module.scheme.asymmetric_rows,
     )
     return torch.round(products.double() / act_scale)
 

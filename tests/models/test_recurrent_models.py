@@ -42,11 +42,16 @@ def test_voice_activity_is_decided_as_before(shared_data: Path) -> None:
     def forward(model: silero.VoiceActivity, batch: Tensor) -> None:
         silero.probabilities(model, batch)
 
-    for algorithms, bound in (([], 0.03), ([hb.algorithms.GPTQ()], 0.02)):
+    cases = (
+        (hb.int8_dynamic(), [], None, 0.03),
+        (hb.int8_dynamic(), [hb.algorithms.GPTQ()], None, 0.02),
+        (hb.int8_dynamic(symmetric=False), [], hb.fp16(), 0.02),
+    )
+    for scheme, algorithms, convolutions, bound in cases:
         quantized = copy.deepcopy(model)
         data = [chunks[:400]] if algorithms else None
-        # The recurrent cell is what is tested here; the spectrum that conv1 reads spans more than 8 bits.
-        recipe = hb.Recipe(default=hb.int8_dynamic(), overrides={nn.Conv1d: None})
+        # The spectrum that conv1 reads spans more than 8 bits.
+        recipe = hb.Recipe(default=scheme, overrides={nn.Conv1d: convolutions})
         hb.quantize_(quantized, recipe, data, algorithms, progress=False, forward=forward)
         assert isinstance(quantized.lstm_cell, hb.nn.QuantizedLSTMCell)
         after = silero.probabilities(quantized, chunks)

@@ -19,6 +19,8 @@ SCHEMES = [
     hb.int4_int8_dynamic(16),
     hb.int_weight_only(3, 16),
     hb.int_weight_only(1),
+    hb.int8_dynamic(symmetric=False),
+    hb.int4_int8_dynamic(16, symmetric_activations=False),
 ]
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
 
@@ -458,6 +460,23 @@ def test_given_scale_of_the_hidden_state_gives_the_integers_of_linear_int8(zero_
     for x, expected in zip(x_gates, output, strict=True):
         h_gates = hb.ops.linear_int8(h, *weight, bits=8, out_features=128, group_size=32, **qparams)
         h, c = functional.recurrent_step("lstm", x, h_gates, h, c)
+        assert torch.equal(h, expected)
+
+
+@pytest.mark.parametrize("scheme", [hb.int8_static(), hb.nf4_weight_only(8), hb.int8_dynamic(symmetric=False)], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@torch.no_grad()
+def test_projection_follows_its_scheme_as_a_layer_of_its_own_does(scheme: hb.Scheme) -> None:
+    model = nn.ModuleDict({"m": float_rnn("lstm", proj_size=16)})
+    x = torch.randn(6, 3, 24)
+    data = [x] if scheme.static else None
+    hb.quantize_(model, scheme, data, progress=False, forward=lambda m, batch: m["m"](batch), on_fallback="allow")
+    rnn = model["m"]
+    output, _ = rnn(x)
+    h, c = torch.zeros(3, 16), torch.zeros(3, 32)
+    for token, expected in zip(x, output, strict=True):
+        h, c = functional.recurrent_step("lstm", rnn.ih_l0(token), rnn.hh_l0(h), h, c)
+        h = rnn.hr_l0(h)
         assert torch.equal(h, expected)
 
 

@@ -15,7 +15,7 @@ from halfbyte import functional
 BITS = range(1, 9)
 
 
-def linear(x: Tensor, w: RandomWeight, bias: Tensor | None = None, **more: Tensor | None) -> Tensor:
+def linear(x: Tensor, w: RandomWeight, bias: Tensor | None = None, **more: Tensor | bool | None) -> Tensor:
     return hb.ops.linear_int8(x, w.qweight, w.scale, w.zero_point, bias, **w.kwargs, **more)  # type: ignore[arg-type]
 
 
@@ -109,6 +109,64 @@ def test_half_input_is_computed_in_float32_and_rounded_once(dtype: torch.dtype) 
     y = linear(x, w)
     assert y.dtype == dtype
     assert torch.equal(y, linear(x.float(), w).to(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    out_features=st.integers(1, 100),
+    groups=st.integers(1, 4),
+    group_size=st.integers(1, 60),
+    bits=st.integers(1, 8),
+    zero_points=st.booleans(),
+    low=st.sampled_from([-3.0, 0.0, 0.5]),
+    bias=st.booleans(),
+)
+def test_asymmetric_rows_are_those_of_their_codes(
+    rows: int, out_features: int, groups: int, group_size: int, bits: int, zero_points: bool, low: float, bias: bool
+) -> None:
+    w = random_weight(out_features, groups * group_size, bits, group_size=group_size, zero_points=zero_points)
+    x = low + torch.rand(rows, groups * group_size) * 3
+    b = torch.randn(out_features) if bias else None
+    codes, scale = functional.quantize_rows_dynamic(x, symmetric=False)
+    assert codes.abs().max() <= 255
+    y = linear(x, w, b, asymmetric=True)
+    # What the zero point adds is taken off again in float32, so that the error is relative to the larger sums.
+    largest = (x.abs().amax() * w.dense.abs().sum(1)).amax() + (0 if b is None else b.abs().amax())
+    expected = (codes * scale).double() @ w.dense.double().t() + (0 if b is None else b.double())
+    assert (y - expected).abs().max() <= 4e-6 * largest
+    assert torch.equal(linear(x[-1:], w, b, asymmetric=True), y[-1:])
+
+
+def test_asymmetric_rows_use_all_codes_of_one_sided_inputs() -> None:
+    w = random_weight(48, 96, 8)
+    x = torch.rand(64, 96)
+    x[3, 5] = torch.nan
+    exact = torch.nan_to_num(x).double() @ w.dense.double().t()
+    errors = [(linear(x, w, asymmetric=asymmetric) - exact).norm() for asymmetric in (False, True)]
+    assert errors[1] < 0.6 * errors[0]
+    assert not linear(torch.zeros(2, 96), w, asymmetric=True).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_asymmetric_rows_are_equal_on_all_levels_and_threads(
+    dtype: torch.dtype, restore_level: None, restore_threads: None
+) -> None:
+    w = random_weight(70, 64, 4, group_size=32, zero_points=True)
+    x = torch.randn(9, 64).relu().to(dtype)
+    results = []
+    for level in hb.available_capabilities():
+        hb._extension.set_cpu_capability(level)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(linear(x, w, asymmetric=True))
+    assert results[0].dtype == dtype
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_asymmetric_rows_take_no_scale() -> None:
+    with pytest.raises(ValueError, match="finds zero points at run time"):
+        linear(torch.randn(2, 64), random_weight(16, 64, 8), act_scale=torch.tensor(0.1), asymmetric=True)
 
 
 def test_nan_in_a_row_counts_as_zero_and_stays_in_it() -> None:

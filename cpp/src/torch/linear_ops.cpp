@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "asymmetric_rows.h"
 #include "local_buffer.h"
 #include "product_operands.h"
 
@@ -74,27 +75,27 @@ void for_float_rows(const Linear& l, const F& f) {
   });
 }
 
-// multiply(row_begin, row_end, panel_begin, panel_end, scratch) over the whole product, in parallel.
+// multiply(row_begin, row_end, panel_begin, panel_end, scratch) over the whole product of `rows` rows, in parallel.
 template <class F>
-void for_product_tiles(const Linear& l, const F& multiply) {
+void for_product_tiles(const Linear& l, int64_t rows, const F& multiply) {
   const MatmulKernels& kernel = kernels().matmul;
   const TileShape& shape = l.weight.shape;
   const int64_t panels = shape.panels(), tiles = ceil_div(panels, kernel.panels_per_tile);
   // Rows are split only where the panels alone would not keep the threads equally busy.
   const int64_t wanted = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t row_tiles = ceil_div(l.rows, kernel.rows_per_tile);
+  const int64_t row_tiles = ceil_div(rows, kernel.rows_per_tile);
   const int64_t splits = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(tiles, 1)), 1, row_tiles);
   const int64_t rows_each = ceil_div(row_tiles, splits) * kernel.rows_per_tile;
-  const int64_t blocks = ceil_div(l.rows, rows_each);
+  const int64_t blocks = ceil_div(rows, rows_each);
   const int64_t tile_bytes = kernel.panels_per_tile * shape.panel_bytes();
-  const int64_t task_ns = tile_bytes / kCodeBytesPerNs + std::min(rows_each, l.rows) * kernel.panels_per_tile * kPanel *
+  const int64_t task_ns = tile_bytes / kCodeBytesPerNs + std::min(rows_each, rows) * kernel.panels_per_tile * kPanel *
                                                              shape.padded_in() / kProductsPerNs;
   parallel_for(blocks * tiles, ceil_div(kMinTaskNs, std::max<int64_t>(task_ns, 1)), [&](int64_t task, int64_t end) {
     thread_local LocalBuffer scratch;
     void* memory = scratch.get(kernel.scratch_bytes(shape));
     while (task < end) {
       const int64_t block = task / tiles, tile = task % tiles, count = std::min(tiles - tile, end - task);
-      multiply(block * rows_each, std::min((block + 1) * rows_each, l.rows), tile * kernel.panels_per_tile,
+      multiply(block * rows_each, std::min((block + 1) * rows_each, rows), tile * kernel.panels_per_tile,
                std::min((tile + count) * kernel.panels_per_tile, panels), memory);
       task += count;
     }
@@ -111,6 +112,50 @@ void with_float_output(const Linear& l, const Tensor& y, float* memory, const F&
   parallel_for(l.rows * l.out(), kMinTaskNs * kRowElementsPerNs, [&](int64_t begin, int64_t end) {
     kernels().elementwise.from_float(memory + begin, l.type, half + begin, end - begin);
   });
+}
+
+// A zero point for each row: see asymmetric_rows.h. The row of ones comes last.
+Tensor linear_int8_asymmetric(const Tensor& x, const Tensor& qweight, const Tensor& scale,
+                              const OptionalTensor& zero_point, const OptionalTensor& bias, int64_t bits,
+                              int64_t out_features, int64_t group_size) {
+  const Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
+  Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
+  if (l.rows == 0 || l.out() == 0) return y;
+  const MatmulKernels& kernel = kernels().matmul;
+  const TileShape& shape = l.weight.shape;
+  const FloatBias float_bias(l.operand.bias);
+  const int64_t rows = l.rows + 1, out = l.out();
+
+  Parts parts;
+  const int64_t codes_at = parts.add<int8_t>(rows * code_stride(shape));
+  const int64_t scales_at = parts.add<float>(rows);
+  const int64_t sums_at = parts.add<int32_t>(rows * shape.groups() * chunks_per_group(shape));
+  const int64_t qparams_at = parts.add<RowQparams>(l.rows);
+  const int64_t acc_at = parts.add<float>(rows * out);
+  const int64_t y_at = parts.add<float>(l.type == FloatType::kFloat32 ? 0 : l.rows * out);
+  std::byte* memory = call_buffer().get(parts.bytes());
+  const QuantizedRows quantized = {.codes = reinterpret_cast<int8_t*>(memory + codes_at),
+                                   .scale = reinterpret_cast<float*>(memory + scales_at),
+                                   .chunk_sum = reinterpret_cast<int32_t*>(memory + sums_at),
+                                   .zero_point = 0};
+  auto* qparams = reinterpret_cast<RowQparams*>(memory + qparams_at);
+  auto* acc = reinterpret_cast<float*>(memory + acc_at);
+  for_float_rows(l, [&](const float* from, int64_t ldx, int64_t begin, int64_t end) {
+    quantize_rows_asymmetric(from, ldx, begin, end, shape, quantized, qparams);
+  });
+  quantize_ones(l.rows, shape, quantized);
+  for_product_tiles(l, rows, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, void* scratch) {
+    kernel.matmul_int8(l.weight, quantized, row, row_end, panel, panel_end, nullptr, acc, out, scratch);
+  });
+  with_float_output(l, y, reinterpret_cast<float*>(memory + y_at), [&](float* to) {
+    parallel_for(l.rows, kMinTaskNs * kRowElementsPerNs / out, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        finish_row(acc + row * out, acc + l.rows * out, qparams[row], float_bias.get(), to + row * out, 0, out);
+      }
+    });
+  });
+  call_buffer().release_if_large();
+  return y;
 }
 
 }  // namespace
@@ -136,7 +181,7 @@ Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor
     kernel.pad_rows(from, ldx, begin, end, shape, rows, sums);
   });
   with_float_output(l, y, reinterpret_cast<float*>(memory + y_at), [&](float* out) {
-    for_product_tiles(l, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, void* scratch) {
+    for_product_tiles(l, l.rows, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, void* scratch) {
       kernel.matmul_float(l.weight, rows, sums, row, row_end, panel, panel_end, float_bias.get(), out, l.out(),
                           scratch);
     });
@@ -146,7 +191,10 @@ Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor
 }
 
 Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
-                   int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point) {
+                   int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point,
+                   bool asymmetric) {
+  check(!asymmetric || !act_scale, "asymmetric is for scales that are found at run time; act_zero_point says it else");
+  if (asymmetric) return linear_int8_asymmetric(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
   const Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
   const TensorQparams act = tensor_qparams(act_scale, act_zero_point, "act_scale", "act_zero_point");
   Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
@@ -173,7 +221,7 @@ Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_p
     }
   });
   with_float_output(l, y, reinterpret_cast<float*>(memory + y_at), [&](float* out) {
-    for_product_tiles(l, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, void* scratch) {
+    for_product_tiles(l, l.rows, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, void* scratch) {
       kernel.matmul_int8(l.weight, rows, row, row_end, panel, panel_end, float_bias.get(), out, l.out(), scratch);
     });
   });

@@ -49,6 +49,7 @@ Tensor histogram_update_(Tensor counts, Tensor x, double low, double high);
 Tensor search_histogram(Tensor counts, double low, double high, int64_t qmin, int64_t qmax, bool symmetric);
 
 // packing_ops.cpp
+void advise_huge_pages_(Tensor x);
 Tensor pack(Tensor codes, int64_t bits);
 Tensor unpack(Tensor packed, int64_t bits, int64_t length, bool is_signed);
 Tensor pack_tiles(Tensor codes, int64_t bits, int64_t group_size);
@@ -59,7 +60,8 @@ Tensor unpack_tiles(Tensor packed, int64_t bits, int64_t out_features, int64_t i
 Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias,
                           int64_t bits, int64_t out_features, int64_t group_size, OptionalTensor codebook);
 Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_point, OptionalTensor bias, int64_t bits,
-                   int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point);
+                   int64_t out_features, int64_t group_size, OptionalTensor act_scale, OptionalTensor act_zero_point,
+                   bool asymmetric);
 
 // conv_ops.cpp: spatial lists have one entry a dimension, padding two (all befores, then all afters).
 struct ConvGeometry {
@@ -108,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
                                              OptionalTensor proj_scale, OptionalTensor proj_zero_point,
                                              int64_t proj_bits, int64_t proj_group_size, bool proj_int8,
                                              OptionalTensor proj_act_scale, OptionalTensor proj_act_zero_point,
-                                             OptionalTensor proj_codebook);
+                                             OptionalTensor proj_codebook, bool asymmetric, bool proj_asymmetric);
 std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
 
 // embedding_bag_ops.cpp: mode is 0 sum, 1 mean, 2 max.

@@ -70,6 +70,11 @@ TileShape one_panel(const TileShape& shape, int64_t panel) {
 
 }  // namespace
 
+void advise_huge_pages_(Tensor x) {
+  check(x.is_contiguous(), "x must be contiguous");
+  advise_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
+}
+
 Tensor pack(Tensor codes, int64_t bits) {
   check_bits(bits);
   check(codes.dim() >= 1, "codes need at least one dimension");

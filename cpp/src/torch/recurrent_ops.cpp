@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "asymmetric_rows.h"
 #include "halfbyte/dispatch.h"
 #include "step_team.h"
 #include "tensor_checks.h"
@@ -58,14 +59,17 @@ void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, con
   check(false, name, " does not have the shape (", text.str(), ")");
 }
 
-// How the rows that a weight multiplies are read: as floats, or as int8 codes whose scale is found for each row or
-// given.
+// How the rows that a weight multiplies are read: as floats, or as int8 codes whose scale is given, or found for each
+// row, with a zero point if `asymmetric`.
 struct Activation {
   bool int8 = false;
+  bool asymmetric = false;
   float scale = 0.f;  // 0: found for each row
   int32_t zero_point = 0;
 
-  Activation(bool int8_, const OptionalTensor& act_scale, const OptionalTensor& act_zero_point) : int8(int8_) {
+  Activation(bool int8_, bool asymmetric_, const OptionalTensor& act_scale, const OptionalTensor& act_zero_point)
+      : int8(int8_), asymmetric(asymmetric_) {
+    check(!asymmetric || (int8 && !act_scale), "asymmetric is for int8 scales that are found at run time");
     check(!act_zero_point || act_scale, "act_zero_point needs act_scale");
     check(!act_scale || int8, "act_scale needs int8");
     if (act_scale) {
@@ -115,17 +119,32 @@ class HiddenWeight {
     weight_ = {shape, static_cast<const uint8_t*>(qweight_.const_data_ptr()), scale_.const_data_ptr(),
                float_type(scale, "scale"), zeros};
     if (codebook) weight_.codebook = check_codebook_table(*codebook, bits, zero_point);
+    if (activation.asymmetric) sum_weights();
   }
 
   const TiledWeight& get() const { return weight_; }
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
   const Activation& activation() const { return activation_; }
+  const float* sums() const { return sums_.data(); }  // what a row of ones gives, for asymmetric rows
 
  private:
+  void sum_weights() {
+    const TileShape& shape = weight_.shape;
+    const Buffer codes = aligned_bytes(code_stride(shape));
+    const Buffer scratch = aligned_bytes(kernels().matmul.scratch_bytes(shape));
+    std::vector<int32_t> chunk_sums(static_cast<size_t>(shape.groups() * chunks_per_group(shape)));
+    float scale = 0.f;
+    const QuantizedRows ones = {reinterpret_cast<int8_t*>(codes.get()), &scale, chunk_sums.data(), 0};
+    quantize_ones(0, shape, ones);
+    sums_.resize(static_cast<size_t>(shape.out_features));
+    kernels().matmul.matmul_int8(weight_, ones, 0, 1, 0, shape.panels(), nullptr, sums_.data(), shape.out_features,
+                                 scratch.get());
+  }
+
   Tensor qweight_, scale_;
   Activation activation_;
   OptionalTensor zero_point_;
-  std::vector<float> bias_;
+  std::vector<float> bias_, sums_;
   TiledWeight weight_;
 };
 
@@ -138,6 +157,7 @@ class RowsProduct {
     codes_ = aligned_bytes(rows * (activation.int8 ? code_stride(shape_) : float_stride(shape_) * 4));
     sums_ = aligned_bytes(rows * std::max(chunks, shape_.groups()) * 4);
     scales_.resize(static_cast<size_t>(rows));
+    if (activation.asymmetric) qparams_.resize(static_cast<size_t>(rows));
     scratch_ = aligned_bytes(kernels().matmul.scratch_bytes(shape_));
     rows_ = {reinterpret_cast<int8_t*>(codes_.get()), scales_.data(), reinterpret_cast<int32_t*>(sums_.get()),
              activation.zero_point};
@@ -150,6 +170,8 @@ class RowsProduct {
     if (!activation.int8) {
       matmul.pad_rows(x, shape_.in_features, begin, end, shape_, reinterpret_cast<float*>(codes_.get()),
                       reinterpret_cast<float*>(sums_.get()));
+    } else if (activation.asymmetric) {
+      quantize_rows_asymmetric(x, shape_.in_features, begin, end, shape_, rows_, qparams_.data());
     } else if (activation.scale > 0.f) {
       matmul.quantize_rows_static(x, shape_.in_features, begin, end, shape_, activation.scale, rows_);
     } else {
@@ -159,7 +181,15 @@ class RowsProduct {
 
   void multiply(int64_t rows, int64_t panel_begin, int64_t panel_end, float* y, int64_t ldy) {
     const MatmulKernels& matmul = kernels().matmul;
-    if (weight_->activation().int8) {
+    if (weight_->activation().asymmetric) {
+      matmul.matmul_int8(weight_->get(), rows_, 0, rows, panel_begin, panel_end, nullptr, y, ldy, scratch_.get());
+      const int64_t end = std::min(panel_end * kPanel, shape_.out_features);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* own = y + row * ldy;
+        finish_row(own, weight_->sums(), qparams_[static_cast<size_t>(row)], weight_->bias(), own, panel_begin * kPanel,
+                   end);
+      }
+    } else if (weight_->activation().int8) {
       matmul.matmul_int8(weight_->get(), rows_, 0, rows, panel_begin, panel_end, weight_->bias(), y, ldy,
                          scratch_.get());
     } else {
@@ -174,6 +204,7 @@ class RowsProduct {
   TileShape shape_;
   Buffer codes_, sums_, scratch_;
   std::vector<float> scales_;
+  std::vector<RowQparams> qparams_;
   QuantizedRows rows_;
 };
 
@@ -235,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
                                              OptionalTensor proj_scale, OptionalTensor proj_zero_point,
                                              int64_t proj_bits, int64_t proj_group_size, bool proj_int8,
                                              OptionalTensor proj_act_scale, OptionalTensor proj_act_zero_point,
-                                             OptionalTensor proj_codebook) {
+                                             OptionalTensor proj_codebook, bool asymmetric, bool proj_asymmetric) {
   const Cell cell = cell_of(cell_index);
   check_type(x_gates, ScalarType::Float, "x_gates");
   check_type(h0, ScalarType::Float, "h0");
@@ -254,11 +285,12 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
   }
   const Steps steps(x_gates, batch_sizes, batch, reverse);
   const HiddenWeight weight(qweight, scale, zero_point, bias, codebook, columns, width, bits, group_size,
-                            Activation(int8, act_scale, act_zero_point));
+                            Activation(int8, asymmetric, act_scale, act_zero_point));
   std::optional<HiddenWeight> projection;
   if (proj_qweight) {
     projection.emplace(*proj_qweight, *proj_scale, proj_zero_point, std::nullopt, proj_codebook, width, hidden,
-                       proj_bits, proj_group_size, Activation(proj_int8, proj_act_scale, proj_act_zero_point));
+                       proj_bits, proj_group_size,
+                       Activation(proj_int8, proj_asymmetric, proj_act_scale, proj_act_zero_point));
   }
 
   const Tensor x = as_contiguous(x_gates), first = as_contiguous(h0);

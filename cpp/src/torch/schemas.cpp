@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "float clip_low, float clip_high, float grad_factor) -> (Tensor, Tensor)");
   m.def("histogram_update_(Tensor(a!) counts, Tensor x, float low, float high) -> Tensor");
   m.def("search_histogram(Tensor counts, float low, float high, int qmin, int qmax, bool symmetric) -> Tensor");
+  m.def("advise_huge_pages_(Tensor(a!) x) -> ()");
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int length, bool signed) -> Tensor");
   m.def("pack_tiles(Tensor codes, int bits, int group_size) -> Tensor");
@@ -47,7 +48,7 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "int out_features, int group_size, Tensor? codebook=None) -> Tensor");
   m.def(
       "linear_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
-      "int out_features, int group_size, Tensor? act_scale, Tensor? act_zero_point) -> Tensor");
+      "int out_features, int group_size, Tensor? act_scale, Tensor? act_zero_point, bool asymmetric=False) -> Tensor");
   m.def(
       "conv_int8(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int out_channels, "
       "int group_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int[] output_padding, "
@@ -76,7 +77,7 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "Tensor? batch_sizes, Tensor? codebook, Tensor? proj_qweight, Tensor? proj_scale, Tensor? proj_zero_point, int "
       "proj_bits, "
       "int proj_group_size, bool proj_int8, Tensor? proj_act_scale, Tensor? proj_act_zero_point, Tensor? "
-      "proj_codebook) -> (Tensor, Tensor, "
+      "proj_codebook, bool asymmetric=False, bool proj_asymmetric=False) -> (Tensor, Tensor, "
       "Tensor)");
   m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
   m.def(
@@ -100,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("fake_quantize_codebook_backward", TORCH_BOX(&fake_quantize_codebook_backward));
   m.impl("histogram_update_", TORCH_BOX(&histogram_update_));
   m.impl("search_histogram", TORCH_BOX(&search_histogram));
+  m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
+from halfbyte import ops
 from halfbyte.errors import FileFormatError
 from halfbyte.io.manifest import dtype_name
 from halfbyte.io.tensors import raw_bytes
@@ -119,7 +120,7 @@ class Reader:
             FileFormatError: the file ends before it does.
         """
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = ops.empty_packed(stored.shape, stored.dtype)
         self._file.seek(stored.begin)
         memory = raw_bytes(tensor)
         done = 0

@@ -80,6 +80,7 @@ class QuantizedLinear(QuantizedModule):
             group_size=self.group_size,
             act_scale=buffers["act_scale"],
             act_zero_point=buffers["act_zero_point"],
+            asymmetric=self.scheme.asymmetric_rows,
         )
 
     def extra_repr(self) -> str:

@@ -108,7 +108,7 @@ class WeightPacker:
     def __init__(self, weight_format: PackedFormat, layout: Layout, shape: tuple[int, int]) -> None:
         self._format, self._layout, self._shape = weight_format, layout, shape
         shapes = packed_shapes(weight_format, layout, shape)
-        self._tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
+        self._tensors = {name: ops.empty_packed(size, dtype) for name, (size, dtype) in shapes.items()}
         if isinstance(weight_format, CodebookFormat):
             self._tensors["codebook"] = weight_format.table()
         self._rows = 0

@@ -207,6 +207,7 @@ class QuantizedRecurrent(nn.Module):
                 int8=hh.scheme.activation is not None,
                 act_scale=hh.act_scale,
                 act_zero_point=hh.act_zero_point,
+                asymmetric=hh.scheme.asymmetric_rows,
                 reverse=reverse,
                 batch_sizes=batch_sizes,
                 codebook=hh.codebook,
@@ -246,7 +247,18 @@ def _in_one_operator(part: nn.Module) -> bool:
 
 
 def _projection(hr: QuantizedLinear) -> ops.Projection:
-    return ops.Projection(hr.qweight, hr.scale, hr.zero_point, hr.bits, hr.group_size, hr.scheme.activation is not None)
+    return ops.Projection(
+        hr.qweight,
+        hr.scale,
+        hr.zero_point,
+        hr.bits,
+        hr.group_size,
+        int8=hr.scheme.activation is not None,
+        act_scale=hr.act_scale,
+        act_zero_point=hr.act_zero_point,
+        codebook=hr.codebook,
+        asymmetric=hr.scheme.asymmetric_rows,
+    )
 
 
 def _run_steps(

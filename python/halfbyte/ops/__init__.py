@@ -29,7 +29,7 @@ from halfbyte.ops.learned_codebook import (
     fake_quantize_codebook_gradients,
 )
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
-from halfbyte.ops.packing import Layout, pack, packed_shape, unpack
+from halfbyte.ops.packing import Layout, empty_packed, pack, packed_shape, unpack
 from halfbyte.ops.recurrent import Cell, Projection, recurrent, recurrent_cell
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "dequantize",
     "embedding_bag_weight_only",
     "embedding_weight_only",
+    "empty_packed",
     "fake_quantize",
     "fake_quantize_binary",
     "fake_quantize_binary_gradients",

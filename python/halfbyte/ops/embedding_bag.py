@@ -40,7 +40,8 @@ def embedding_bag_weight_only(
 ) -> Tensor:
     """Reduces bags of rows `(u - zero_point) * scale` of a table of `V` rows of length `D`, without storing the rows.
 
-    Sums run in the order of the indices, `sum = fma(weight * scale, u - zero_point, sum)` in float32. Empty bags are 0. With a codebook `sum = sum + (weight * scale) * codebook[u]`.
+    Sums run in the order of the indices, `sum = fma(weight * scale, u - zero_point, sum)` in float32. Empty bags are 0. With a
+    codebook `sum = sum + (weight * scale) * codebook[u]`.
 
     Args:
         indices: `[N]` int32 or int64, all bags one after another, each in `[0, V)`.

@@ -89,6 +89,7 @@ def linear_int8(
     group_size: int | None = None,
     act_scale: Tensor | None = None,
     act_zero_point: Tensor | None = None,
+    asymmetric: bool = False,
 ) -> Tensor:
     """`x Wᵀ + bias` with exact integer products of INT8 activations and 1- to 8-bit weights.
 
@@ -103,6 +104,7 @@ def linear_int8(
         group_size: Inputs that share a scale; None: all of a row.
         act_scale: One float32: quantize every row with it. None: each row with `absmax / 127`, codes in [-127, 127].
         act_zero_point: One int32 in [-128, 127], with `act_scale`; None: 0.
+        asymmetric: Without `act_scale`: a scale and a zero point for each row, whose 256 codes cover its range.
 
     Returns:
         `[..., O]` in the dtype of `x`.
@@ -122,11 +124,11 @@ def linear_int8(
         group = _group(x, group_size)
         with skipped_autograd(x, bias):
             y: Tensor = _linear_int8(
-                x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point
+                x, qweight, scale, zero_point, bias, bits, out_features, group, act_scale, act_zero_point, asymmetric
             )
     except Exception:
         _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
-        check_activation(act_scale, act_zero_point)
+        check_activation(act_scale, act_zero_point, asymmetric)
         raise
     return y
 
@@ -142,6 +144,7 @@ def linear_int4_int8(
     group_size: int | None = None,
     act_scale: Tensor | None = None,
     act_zero_point: Tensor | None = None,
+    asymmetric: bool = False,
 ) -> Tensor:
     """`linear_int8` with 4-bit weights (W4A8).
 
@@ -155,6 +158,7 @@ def linear_int4_int8(
         group_size: Inputs that share a scale; None: all of a row.
         act_scale: One float32, or None for dynamic activations.
         act_zero_point: One int32, or None.
+        asymmetric: As in `linear_int8`.
 
     Returns:
         `[..., O]` in the dtype of `x`.
@@ -176,6 +180,7 @@ def linear_int4_int8(
         group_size=group_size,
         act_scale=act_scale,
         act_zero_point=act_zero_point,
+        asymmetric=asymmetric,
     )
 
 
@@ -247,8 +252,12 @@ def check_weight(
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs ({out_features},)")
 
 
-def check_activation(act_scale: Tensor | None, act_zero_point: Tensor | None) -> None:
+def check_activation(act_scale: Tensor | None, act_zero_point: Tensor | None, asymmetric: bool = False) -> None:
     """Raises unless the qparams of static activations are both there, of one element each, or both absent."""
+    if asymmetric and act_scale is not None:
+        raise ValueError(
+            "asymmetric=True finds zero points at run time; with act_scale, pass act_zero_point and leave it out"
+        )
     if act_scale is not None:
         check_single(act_scale, "act_scale", torch.float32)
     if act_zero_point is not None:
@@ -296,9 +305,10 @@ def _linear_int8_fake(
     group_size: int,
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
+    asymmetric: bool = False,
 ) -> Tensor:
     _check(x, qweight, scale, zero_point, bias, bits, out_features, group_size)
-    check_activation(act_scale, act_zero_point)
+    check_activation(act_scale, act_zero_point, asymmetric)
     return _output_like(x, out_features)
 
 
@@ -382,7 +392,7 @@ def _weight_only_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None
 
 def _int8_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_bias = _gradients(ctx, grad)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -14,16 +14,40 @@ from torch import Tensor
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
 from halfbyte.ops.checks import check_bits, check_codes
 
-__all__ = ["pack", "unpack"]
+__all__ = ["empty_packed", "pack", "unpack"]
 
 _pack = torch.ops.halfbyte.pack.default
 _unpack = torch.ops.halfbyte.unpack.default
+_advise_huge_pages = torch.ops.halfbyte.advise_huge_pages_.default
 _pack_tiles = torch.ops.halfbyte.pack_tiles.default
 _unpack_tiles = torch.ops.halfbyte.unpack_tiles.default
 
 Layout = Literal["rows", "tiles"]
 
 _PANEL = 16  # outputs in a panel of the tiles layout
+_LARGE = 2 << 20  # bytes from which huge pages are asked for
+
+
+def empty_packed(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on the CPU for a packed weight: if it is large, its memory is asked for in huge pages.
+
+    Rows of a table that are read at random would each cost a walk through the page table otherwise.
+
+    Args:
+        size: Shape.
+        dtype: dtype.
+
+    Returns:
+        An uninitialised tensor.
+
+    Example:
+        >>> hb.ops.empty_packed((3, 64), torch.uint8).shape
+        torch.Size([3, 64])
+    """
+    tensor = torch.empty(size, dtype=dtype)
+    if tensor.nbytes >= _LARGE and tensor.device.type == "cpu":
+        _advise_huge_pages(tensor)
+    return tensor
 
 
 def pack(codes: Tensor, bits: int, *, layout: Layout = "rows", group_size: int | None = None) -> Tensor:

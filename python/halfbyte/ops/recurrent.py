@@ -33,9 +33,10 @@ class Projection(NamedTuple):
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     codebook: Tensor | None = None
+    asymmetric: bool = False
 
 
-_NO_PROJECTION = (None, None, None, 0, 0, False, None, None, None)
+_NO_PROJECTION = (None, None, None, 0, 0, False, None, None, None, False)
 
 
 def recurrent(
@@ -53,6 +54,7 @@ def recurrent(
     int8: bool,
     act_scale: Tensor | None = None,
     act_zero_point: Tensor | None = None,
+    asymmetric: bool = False,
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
     codebook: Tensor | None = None,
@@ -77,6 +79,7 @@ def recurrent(
         int8: Whether the hidden state is quantized at every step: per row, or with `act_scale`.
         act_scale: One float32 number, scale of the hidden state; None finds one for each row.
         act_zero_point: One int32 number in [-128, 127]; None is 0.
+        asymmetric: Without `act_scale`: a zero point for each row too, as in `linear_int8`.
         reverse: Begin at the last step.
         batch_sizes: `[T]` int64, rows of each step of a packed sequence.
         codebook: As in `linear_weight_only`; `int8` must be False then.
@@ -126,7 +129,9 @@ def recurrent(
         reverse,
         batch_sizes,
         codebook,
-        *(projection or _NO_PROJECTION),
+        *(projection or _NO_PROJECTION)[:-1],
+        asymmetric,
+        projection is not None and projection.asymmetric,
     )
     return y, h_n, None if c is None else c_n
 

@@ -122,7 +122,9 @@ def weight_quantizer(
 
 
 class DynamicActivation(nn.Module):
-    """A scale for each token (for a convolution: each sample), found as it comes: `absmax / qmax`, symmetric.
+    """A scale for each token (for a convolution: each sample), found as it comes: `absmax / qmax`.
+
+    Asymmetric formats have a zero point for each token too, and their codes cover its range.
 
     Args:
         activation_format: Format per token.
@@ -140,8 +142,13 @@ class DynamicActivation(nn.Module):
         with torch.no_grad():
             flat = x.detach().reshape(x.shape[0], -1) if self._per_sample else x.detach()
             low, high = ops.observe_minmax(flat, group_size=flat.shape[-1])
-            scale = torch.clamp(torch.maximum(-low, high) / self.format.qmax, min=_TINY)
-            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+            if self.format.symmetric:
+                scale = torch.clamp(torch.maximum(-low, high) / self.format.qmax, min=_TINY)
+                zero_point = torch.zeros_like(scale, dtype=torch.int32)
+            else:
+                low, high = low.clamp(max=0), high.clamp(min=0)
+                scale = torch.clamp((high - low) / self.format.qmax, min=_TINY)
+                zero_point = -torch.round(low * (1 / scale)).to(torch.int32)
         qmin, qmax = self.format.qmin, self.format.qmax
         group_size = None if self._per_sample else x.shape[-1]
         return Affine(scale, zero_point, qmin, qmax, group_size=group_size, per_sample=self._per_sample)
