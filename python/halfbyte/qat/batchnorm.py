@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from halfbyte.qat.quantizer_base import recomputing
 from halfbyte.qat.switches import Switches
 
 
@@ -36,7 +38,14 @@ class QATBatchNorm(Switches):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input itself where it is folded, else normalized with the statistics of the batch."""
-        return x if self.folded else super().forward(x)
+        if self.folded:
+            return x
+        if recomputing():  # the statistics of this batch count already
+            norm = cast(_BatchNorm, self)
+            mean, var = (None if t is None else t.clone() for t in (norm.running_mean, norm.running_var))
+            return F.batch_norm(x, mean, var, norm.weight, norm.bias, training=True, eps=norm.eps)
+        normalized: Tensor = super().forward(x)
+        return normalized
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """`factor` and `shift` `[O]`: the normalization is `y * factor + shift`, with the running statistics."""

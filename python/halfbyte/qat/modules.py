@@ -7,7 +7,7 @@ Each is a subclass of the layer whose place it takes and holds that layer's very
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,13 @@ from halfbyte.qat.quantizer_base import ActivationQuantizer, WeightQuantizer, re
 from halfbyte.qat.switches import Switches
 from halfbyte.schemes import Scheme
 
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 _CACHE = "_inference"
+
+
+def _not_compiled(function: Fn) -> Fn:
+    reason = "integers are made anew where weights have changed: compile the converted model for evaluation"
+    return cast(Fn, torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
 
 
 class QATModule(Switches):
@@ -132,6 +138,7 @@ class QATModule(Switches):
             bias = nn.Parameter(bias.to(self.master_weight.dtype), requires_grad=False)
         return quantized_module(self, self.scheme, packed, bias, activation).eval()
 
+    @_not_compiled
     def inference_form(self) -> nn.Module:
         """What evaluation runs; itself where it trains or is not quantized now.
 
@@ -146,8 +153,6 @@ class QATModule(Switches):
                 f"{self.name} is in evaluation mode and the batch normalization folded into it is not: call eval() or "
                 "train() on the whole model"
             )
-        if torch.compiler.is_compiling():
-            return self.converted()
         # Compared by value: writes through .data leave no other trace.
         now = [*self.parameters(), *self.buffers(), *(() if norm is None else (*norm.parameters(), *norm.buffers()))]
         cached: tuple[list[Tensor], nn.Module] | None = self.__dict__.get(_CACHE)
@@ -166,10 +171,15 @@ class QATModule(Switches):
         return {name: value for name, value in self.__dict__.items() if name != _CACHE}
 
     def _forward(self, *args: Any) -> Tensor:
-        """Either form; in evaluation mode with gradients, the value of one and the gradient of the other."""
-        form = self.inference_form()
-        if form is self:
+        """Either form."""
+        if self.training or not self.quantizes:
             return self.fake_quantized(*args)
+        return self._evaluated(*args)
+
+    @_not_compiled
+    def _evaluated(self, *args: Any) -> Tensor:
+        """The inference form; with gradients, its value and the gradient of the differentiable one."""
+        form = self.inference_form()
         tensors = [*self.parameters(), *(a for a in args if isinstance(a, Tensor))]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return cast(Tensor, form(*args))
