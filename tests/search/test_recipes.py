@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from test_sensitivity import TiedModel
 from torch import Tensor, nn
 
 import halfbyte as hb
-
-from test_sensitivity import TiedModel
 
 SCHEMES = {
     "weights": [hb.int_weight_only(bits, group_size=32) for bits in (8, 4)],
