@@ -27,7 +27,7 @@ def train_and_convert(
     *,
     lr: float,
 ) -> tuple[Tensor, hb.Report]:
-    """Outputs in evaluation mode, once they are found equal to those after conversion; the loss must have fallen, or be next to nothing."""
+    """Outputs in evaluation mode, once they are found equal to those after conversion."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     losses = []

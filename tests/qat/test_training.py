@@ -215,7 +215,11 @@ def test_two_processes_end_with_one_model(weights: str, activations: str, tmp_pa
         )
         for rank in range(2)
     ]
-    assert [process.wait(120) for process in workers] == [0, 0]
+    try:
+        assert [process.wait(300) for process in workers] == [0, 0]
+    finally:
+        for process in workers:
+            process.kill()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["state"].keys() == second["state"].keys()
     for name, tensor in first["state"].items():
