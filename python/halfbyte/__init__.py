@@ -32,7 +32,7 @@ from halfbyte.fusion import FusionReport, fuse_
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
 from halfbyte.parts import register_module
-from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.plan import Plan, PlanRow, Work, plan
 from halfbyte.qat.prepare import prepare_qat_
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
@@ -54,6 +54,7 @@ from halfbyte.schemes import (
     ternary_weight_only,
 )
 from halfbyte.search import Allocation, SensitivityTable, measure_sensitivity
+from halfbyte.streaming import quantize_checkpoint, without_weights
 from halfbyte.verify import VerifyReport, verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
@@ -91,6 +92,7 @@ __all__ = [
     "SmoothQuant",
     "VerificationError",
     "VerifyReport",
+    "Work",
     "__version__",
     "algorithms",
     "available_capabilities",
@@ -126,9 +128,11 @@ __all__ = [
     "prepare_qat_",
     "qat",
     "quantize_",
+    "quantize_checkpoint",
     "register_module",
     "save",
     "search",
     "ternary_weight_only",
     "verify",
+    "without_weights",
 ]

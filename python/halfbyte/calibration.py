@@ -121,7 +121,10 @@ _tokens: ContextVar[Tensor | None] = ContextVar("tokens", default=None)
 
 @contextmanager
 def without_padding(batch: object) -> Iterator[None]:
-    """While a batch runs: statistics of inputs `[*mask.shape, I]` leave out where its `attention_mask` is zero."""
+    """While a batch runs: statistics of inputs `[batch, tokens, I]` or `[batch * tokens, I]` leave out padding.
+
+    That is where its `attention_mask` `[batch, tokens]` is zero.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     before = _tokens.set(mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     try:
@@ -133,7 +136,9 @@ def without_padding(batch: object) -> Iterator[None]:
 def tokens_of(x: Tensor) -> Tensor:
     """Inputs `[..., I]` as one row a token; padding of the batch that runs is left out."""
     rows, mask = x.detach().reshape(-1, x.shape[-1]), _tokens.get()
-    return rows if mask is None or mask.shape != x.shape[:-1] else rows[mask.reshape(-1)]
+    if mask is None or not (mask.shape == x.shape[:-1] or (x.dim() == 2 and mask.numel() == len(rows))):
+        return rows
+    return rows[mask.reshape(-1)]
 
 
 class InputStatistics:

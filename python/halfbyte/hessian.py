@@ -13,6 +13,7 @@ from torch import Tensor
 from halfbyte import ops
 from halfbyte.calibration import InputStatistics, tokens_of
 from halfbyte.errors import QuantizationError
+from halfbyte.processes import Processes
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_DAMPING = 1e6
@@ -29,6 +30,7 @@ class InputHessian(InputStatistics):
         self._tiles: Tensor | None = None
         self._drift: Tensor | None = None
         self._features = 0
+        self._factor: tuple[float, Tensor, tuple[Tensor, float]] | None = None
 
     def _add(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -36,6 +38,7 @@ class InputHessian(InputStatistics):
         if self._tiles is None:
             self._features = rows.shape[1]
             self._tiles = ops.hessian_tiles(self._features)
+        self._factor = None
         ops.hessian_update_(self._tiles, rows if rows.dtype in _FLOAT_DTYPES else rows.float())
 
     def update_drift(self, x: Tensor, float_x: Tensor) -> None:
@@ -55,6 +58,62 @@ class InputHessian(InputStatistics):
             self._drift = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         rows = rows if rows.dtype in _FLOAT_DTYPES else rows.float()
         ops.cross_hessian_update_(self._drift, (float_rows - rows).to(rows.dtype), rows)
+
+    def add_up(self, processes: Processes, features: int) -> None:
+        """Replaces the sums by those of all processes.
+
+        Args:
+            processes: Each has its own sums.
+            features: I, for a process that no token reached.
+        """
+        if self._tiles is None:
+            self._features, self._tiles = features, ops.hessian_tiles(features)
+        processes.add_up_(self._tiles)
+        if any(processes.gather(self._drift is not None)):
+            if self._drift is None:
+                self._drift = torch.zeros(features, features, dtype=torch.float64)
+            processes.add_up_(self._drift)
+        self.tokens, self.batches = map(sum, zip(*processes.gather((self.tokens, self.batches)), strict=True))
+
+    def begin_share(self) -> None:
+        """Sets aside what was seen, until `end_share`."""
+        self._aside_tiles, self._tiles = self._tiles, None
+        super().begin_share()
+
+    def abandon_share(self) -> None:
+        """Forgets what was seen since `begin_share`."""
+        super().abandon_share()
+        self._tiles = self._aside_tiles
+
+    def end_share(self) -> None:
+        """Adds what all processes of the default group have seen since to what was set aside."""
+        super().end_share()
+        processes = Processes()
+        features = max(processes.gather(self._features))
+        if not features:
+            return
+        self._features = features
+        if self._tiles is None:
+            self._tiles = ops.hessian_tiles(features)
+        processes.add_up_(self._tiles)
+        if self._aside_tiles is not None:
+            self._tiles += self._aside_tiles
+
+    def factor(self, matrix: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
+        """`reversed_cholesky(matrix, damping, order)`, kept for the next layer that gets the same inputs.
+
+        Args:
+            matrix: What `matrix()` gave.
+            damping, order: As there.
+        """
+        if self._factor is None or self._factor[0] != damping or not torch.equal(self._factor[1], order):
+            self._factor = None  # not two at a time
+            self._factor = (damping, order, reversed_cholesky(matrix, damping, order))
+        return self._factor[2]
+
+    def forget_factor(self) -> None:
+        """Lets the next call of `factor` compute it."""
+        self._factor = None
 
     @property
     def mean_square(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,10 +95,50 @@ class PlanRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What carrying out a plan takes on this machine. Times are estimates, good to about a factor of two.
+
+    Attributes:
+        tokens: Of calibration data.
+        peak_bytes: The least `max_memory` of `quantize_`; running a block on a batch comes on top.
+        streamed_peak_bytes: The same of `quantize_checkpoint`; None where the model has no repeated blocks.
+        hidden_bytes: Hidden states between blocks: in memory, or in a temporary file past `max_memory`.
+        seconds: By kind of work. Transforms, such as AWQ, are not counted.
+    """
+
+    tokens: int
+    peak_bytes: int
+    streamed_peak_bytes: int | None
+    hidden_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all kinds of work."""
+        return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able description."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __str__(self) -> str:
+        streamed = "" if self.streamed_peak_bytes is None else f" ({format_bytes(self.streamed_peak_bytes)} from files)"
+        hidden = f", hidden states {format_bytes(self.hidden_bytes)}" if self.hidden_bytes else ""
+        parts = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in self.seconds.items())
+        return f"{self.tokens} tokens: memory {format_bytes(self.peak_bytes)}{streamed}{hidden}; time about {parts}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `quantize_` will do to a model. Accepted wherever a recipe is; prints as a table."""
+    """What `quantize_` will do to a model. Accepted wherever a recipe is; prints as a table.
+
+    Attributes:
+        rows: One for every module that owns parameters or buffers.
+        work: What it takes, if `plan` was asked for that.
+    """
 
     rows: tuple[PlanRow, ...]
+    work: Work | None = None
 
     @property
     def targets(self) -> Iterator[PlanRow]:
@@ -131,6 +171,7 @@ class Plan:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "rows": [row.to_dict() for row in self.rows],
+            "work": None if self.work is None else self.work.to_dict(),
         }
 
     def _table(self) -> Table:
@@ -150,18 +191,27 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        return self._table().to_text()
+        return self._table().to_text() + ("" if self.work is None else f"\n{self.work}")
 
     def _repr_html_(self) -> str:
-        return self._table().to_html()
+        return self._table().to_html() + ("" if self.work is None else f"<p>{self.work}</p>")
 
 
-def plan(model: nn.Module, recipe: Scheme | Recipe | Plan) -> Plan:
+def plan(
+    model: nn.Module,
+    recipe: Scheme | Recipe | Plan,
+    *,
+    algorithms: Sequence[object] = (),
+    tokens: int | None = None,
+) -> Plan:
     """Resolves a recipe against a model; nothing is changed and no weight is read.
 
     Args:
         model: Any module; it may be on the meta device.
         recipe: A scheme, a recipe, or a plan made for this model (returned after a check).
+        algorithms: What `quantize_` will get; only `work` depends on it.
+        tokens: Tokens of calibration data. With it the plan says what memory and time it takes (`Plan.work`), for which this
+            machine is measured for a second or two.
 
     Returns:
         One row for every module that owns parameters or buffers: scheme, bytes before and after, kernel on this CPU, and why
@@ -179,6 +229,15 @@ def plan(model: nn.Module, recipe: Scheme | Recipe | Plan) -> Plan:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass an nn.Module")
+    made = _resolved(model, recipe)
+    if tokens is None:
+        return made
+    from halfbyte.work import predict  # here: it needs the algorithms, which need plans
+
+    return replace(made, work=predict(model, made, algorithms, tokens))
+
+
+def _resolved(model: nn.Module, recipe: Scheme | Recipe | Plan) -> Plan:
     if isinstance(recipe, Plan):
         _check_plan_fits(model, recipe)
         return recipe

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.activation import InputObserver
 from halfbyte.algorithms import (
+    AWQ,
     RTN,
     BiasCorrection,
     HessianRounding,
     InputMean,
+    Rotation,
     Rounding,
+    SmoothQuant,
     Transform,
     TransformContext,
     TransformRecord,
@@ -28,18 +30,29 @@ from halfbyte.calibration import Forward, InputStatistics, evaluating
 from halfbyte.edits import WeightEdits
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
+from halfbyte.flow import section_bytes
 from halfbyte.formats import CodebookFormat, FloatFormat
 from halfbyte.hessian import InputHessian, hessian_bytes
-from halfbyte.memory import MemorySize, conversion_budget
+from halfbyte.memory import Budget, MemorySize, conversion_budget
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.parts import ModelInParts
 from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.processes import Processes
 from halfbyte.recipe import Recipe
 from halfbyte.schemes import Scheme
-from halfbyte.sequential import section_bytes, without_cache
+from halfbyte.sequential import without_cache
 from halfbyte.targets import weight_matrix
 
 Algorithm: TypeAlias = Transform | Rounding | BiasCorrection
+
+
+PREPARATION = "_halfbyte_preparation"  # attribute of a prepared model
+
+
+def preparation_of(model: nn.Module) -> Preparation | None:
+    """What `prepare_` left in a model that was not converted yet."""
+    found = model.__dict__.get(PREPARATION)
+    return found if isinstance(found, Preparation) else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,7 +63,7 @@ class Preparation:
     transforms: tuple[Transform, ...]
     algorithms: tuple[Rounding, ...]
     on_fallback: OnFallback
-    staging_budget: int
+    budget: Budget
     statistics: dict[str, InputStatistics]
     ranges: dict[str, InputObserver]
     corrections: tuple[BiasCorrection, ...] = ()
@@ -67,10 +80,12 @@ class Preparation:
         on_fallback: OnFallback,
         *,
         in_order: bool = False,
+        resident: int | None = None,
     ) -> Preparation:
         """Resolves and checks everything that can be checked before work.
 
         With `in_order`, Hessians exist one layer at a time; otherwise those of all layers do until the model is converted.
+        With `resident`, only that many bytes of the model are in memory at a time, and weights are checked when they are.
         """
         announce((), on_fallback)
         transforms, corrections, chosen = _check_algorithms(algorithms)
@@ -82,10 +97,13 @@ class Preparation:
         last = chosen[-1] if chosen else None
         hessian = isinstance(last, HessianRounding)
         drift = in_order and isinstance(last, HessianRounding) and last.needs_drift
-        calibration = _calibration_bytes(model, inputs, in_order=in_order, drift=drift) if hessian else 0
+        calibration = calibration_bytes(model, inputs, in_order=in_order, drift=drift) if hessian else 0
         calibration = max([calibration, *(transform.calibration_bytes(made) for transform in transforms)])
-        staging_budget = conversion_budget(made, max_memory, calibration=calibration)
-        made = with_checked_weights(made, modules)
+        budget = conversion_budget(
+            made, max_memory, calibration=calibration, resident=resident, hessian=hessian, in_order=in_order and hessian
+        )
+        if resident is None:
+            made = with_checked_weights(made, modules)
         if corrections:
             rows = {row.name for row in inputs if not _has_bias(modules[row.name])}
             made = Plan(rows=tuple(_without_correction(row) if row.name in rows else row for row in made.rows))
@@ -106,7 +124,7 @@ class Preparation:
             transforms=transforms,
             algorithms=chosen,
             on_fallback=on_fallback,
-            staging_budget=staging_budget,
+            budget=budget,
             statistics=statistics,
             ranges=ranges,
             corrections=corrections,
@@ -127,12 +145,24 @@ class Preparation:
         return bool(seen) and all(observer.range().converged for observer in seen)
 
     def transform(
-        self, model: nn.Module, batches: Sequence[object], forward: Forward | None, edits: WeightEdits, progress: bool
+        self,
+        model: nn.Module,
+        batches: Sequence[object],
+        forward: Forward | None,
+        edits: WeightEdits,
+        progress: bool,
+        processes: Processes | None = None,
     ) -> None:
         """Lets the transforms change the float model, and checks its weights again."""
         with evaluating(model), without_cache(model):
             context = TransformContext(
-                model=model, plan=self.plan, batches=batches, forward=forward, edits=edits, progress=progress
+                model=model,
+                plan=self.plan,
+                batches=batches,
+                forward=forward,
+                edits=edits,
+                progress=progress,
+                processes=processes,
             )
             for transform in self.transforms:
                 self.records += tuple(transform.transform(context))
@@ -141,6 +171,14 @@ class Preparation:
         new = set(checked.fallbacks) - set(self.plan.fallbacks)
         announce([*(f for r in self.records if (f := r.fallback)), *new], self.on_fallback)
         self.plan = checked
+
+    def check_distributed(self) -> None:
+        """Raises if a transform looks at batches and several processes cannot agree on what it finds."""
+        alone = [type(t).__name__ for t in self.transforms if not isinstance(t, AWQ | SmoothQuant | Rotation)]
+        if alone:
+            raise QuantizationError(
+                f"{', '.join(alone)} does not work with distributed=True; transform and save the float model in one process"
+            )
 
     def observe(self, model: nn.Module) -> None:
         """Hooks the statistics to their modules."""
@@ -161,32 +199,26 @@ class Preparation:
         ran = (hook.observer.batches for hook in self.ranges.values())
         return any(statistics.tokens for statistics in self.statistics.values()) or any(ran)
 
-    def begin_share(self) -> None:
-        """Sets aside what was seen so far: what comes next is this process's share of data that all of them see.
+    @contextmanager
+    def sharing(self, processes: Processes | None) -> Iterator[None]:
+        """What is seen inside the block is this process's share of data that all of them see.
 
-        Raises:
-            RuntimeError: torch.distributed is not initialised.
-            QuantizationError: Hessians are collected, which are not shared.
+        If the block fails in one process it fails in all, and the statistics are as they were.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                "distributed=True needs torch.distributed.init_process_group(...), as torchrun sets it up"
-            )
-        if any(isinstance(statistics, InputHessian) for statistics in self.statistics.values()):
-            raise QuantizationError(
-                "Hessians are not shared between processes; calibrate in one, with distributed=False"
-            )
-        for _, hook in self._hooks():
+        if processes is None:
+            yield
+            return
+        hooks = [hook for _, hook in self._hooks()]
+        for hook in hooks:
             hook.begin_share()
-
-    def abandon_share(self) -> None:
-        """Forgets this process's share."""
-        for _, hook in self._hooks():
-            hook.abandon_share()
-
-    def end_share(self) -> None:
-        """Adds the shares of all processes, on each of them, to what was set aside."""
-        for _, hook in self._hooks():
+        try:
+            with processes.failing_together():
+                yield
+        except BaseException:
+            for hook in hooks:
+                hook.abandon_share()
+            raise
+        for hook in hooks:
             hook.end_share()
 
     def _hooks(self) -> Iterator[tuple[str, InputStatistics | InputObserver | InputMean]]:
@@ -276,7 +308,7 @@ def _has_inputs(module: nn.Module, made: Plan, row: PlanRow) -> bool:
     return _observed(module, row) and row.tied_to is None and all(row.name != other.tied_to for other in made.targets)
 
 
-def _calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool, drift: bool) -> int:
+def calibration_bytes(model: nn.Module, inputs: Sequence[PlanRow], *, in_order: bool, drift: bool) -> int:
     """What Hessians take: one at a time and a copy of a block where layers are calibrated in order, else all of them."""
     in_features = [row.shape[1] for row in inputs if row.shape is not None]
     if not in_features:
@@ -291,10 +323,10 @@ def with_checked_weights(made: Plan, modules: Mapping[str, nn.Module]) -> Plan:
     Raises:
         QuantizationError: they are not.
     """
-    return Plan(rows=tuple(_check_weight(modules[row.name], row) for row in made.rows))
+    return Plan(rows=tuple(check_weight(modules[row.name], row) for row in made.rows))
 
 
-def _check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
+def check_weight(module: nn.Module, row: PlanRow) -> PlanRow:
     """Checks that a weight is on the CPU and finite, and that its scales fit their dtype; one pass over memory."""
     if row.scheme is None:
         return row

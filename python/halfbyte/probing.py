@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from halfbyte.flow import find_blocks
 from halfbyte.folds import Consumer, Example, Fold, NoFold, relative_change
 from halfbyte.outputs import output_tensors
-from halfbyte.sequential import find_blocks
 from halfbyte.targets import is_target
 
 _DIGIT_BITS = 3

@@ -10,21 +10,59 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch, without_padding
 from halfbyte.convolution import ConvGeometry, ConvModule
+from halfbyte.errors import QuantizationError
+from halfbyte.flow import (
+    Blocks,
+    BlocksDone,
+    BlocksInMemory,
+    Flow,
+    Run,
+    capture,
+    find_blocks,
+    hidden_of,
+    module_bytes,
+    replace_forward,
+)
 from halfbyte.hessian import InputHessian
+from halfbyte.memory import return_free_memory
+from halfbyte.processes import Processes, together
 from halfbyte.progress import track
-from halfbyte.targets import is_target, set_weight_matrix
+from halfbyte.staging import TensorStore
+from halfbyte.table import format_bytes
+from halfbyte.targets import set_weight_matrix, weight_shape
+
+if TYPE_CHECKING:
+    from halfbyte.io.journal import Journal
 
 RoundLayer: TypeAlias = Callable[[str, nn.Module, InputHessian], Tensor]
 """Rounds the named layer and gives its new weight in floating point, `[O, I]`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What `round_in_order` works with.
+
+    Attributes:
+        blocks: Where blocks come from; None for the model itself.
+        memory: Bytes that hidden states, and running a block on a batch, may take beside what the plan counts; None for no
+            limit. Hidden states get half, and go to a temporary file past that.
+        journal: Keeps what is finished, by block.
+        processes: Share the data and the layers.
+    """
+
+    blocks: Blocks | None = None
+    memory: int | None = None
+    journal: Journal | None = None
+    processes: Processes | None = None
 
 
 def round_in_order(
@@ -36,6 +74,9 @@ def round_in_order(
     forward: Forward | None = None,
     drift: bool = False,
     progress: bool = True,
+    resources: Resources | None = None,
+    finished: int = 0,
+    finish: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Calls `round_layer` for every named Linear or convolution, in the order in which they run.
 
@@ -49,161 +90,117 @@ def round_in_order(
         forward: `forward(model, batch)`, for batches that are not arguments of the model.
         drift: Also give `InputHessian.drift`.
         progress: Show progress bars on stderr.
+        resources: Memory, files and processes; default: the model in memory, no limit, alone.
+        finished: Blocks that the journal has already.
+        finish: Called after each block, with its number, before the journal closes it.
 
     Raises:
         QuantizationError: a layer never ran, or NaN among its inputs; and what `round_layer` raises.
     """
     run = run_batch if forward is None else forward
-    with evaluating(model), without_cache(model):
-        blocks = find_blocks(model, names)
-        flow = _capture(model, blocks, batches, run, drift=drift, progress=progress) if blocks else None
+    resources = resources or Resources()
+    source = resources.blocks or BlocksInMemory(model)
+    room = None if resources.memory is None else resources.memory // 2
+    blocks = find_blocks(model, names)
+    with (
+        evaluating(model),
+        without_cache(model),
+        TensorStore(room) as store,
+    ):
+        flow = None
+        if blocks:
+            with together(resources.processes):
+                flow = capture(model, blocks, source, batches, run, store, drift=drift, progress=progress, room=room)
+                if flow is None and resources.blocks is not None:
+                    raise QuantizationError(
+                        "the model's blocks do not simply feed one another, so that they cannot be worked on one at a "
+                        "time: load the model and use hb.quantize_"
+                    )
         if flow is None:
-            whole = _Section(
-                module=copy.deepcopy(model),
-                reference=model if drift else None,
-                names={name: name for name in names},
-                batches=batches,
-                run=lambda module, batch, _: run(module, batches[batch]),
-            )
-            whole.round(round_layer, progress=progress)
+            _round_whole(model, names, batches, run, round_layer, resources, drift=drift, progress=progress)
             return
+        journal = resources.journal
+        if journal is not None and finished:
+            for batch in range(len(batches)):
+                kept = journal.flow(finished - 1, batch)
+                flow.put(batch, kept["hidden"], kept.get("float"))
         inside = tuple(block + "." for block in blocks)
         outside = [name for name in names if not name.startswith(inside)]
-        for index, block in track(list(enumerate(blocks)), "quantizing blocks", enabled=progress):
-            section = _Section(
-                module=copy.deepcopy(model.get_submodule(block)),
-                reference=model.get_submodule(block) if drift else None,
-                names={name: name[len(block) + 1 :] for name in names if name.startswith(block + ".")},
-                batches=batches,
-                run=functools.partial(flow.run, index),
-            )
-            section.round(round_layer, progress=False)
-            if outside or index + 1 < len(blocks):
-                flow.advance(section)
+        for index, block in track(list(enumerate(blocks))[finished:], "quantizing blocks", enabled=progress):
+            _round_block(index, block, names, batches, source, flow, round_layer, resources, drift=drift)
+            finish(index)
+            if journal is not None:
+                journal.finish(index)
         if outside:
-            _round_outside(model, blocks[-1], outside, flow, batches, run, round_layer, drift=drift)
+            _round_outside(model, blocks, outside, flow, batches, run, round_layer, resources, drift=drift)
 
 
-def find_blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Names of the repeated blocks: the children, all of one type, of the list that holds most of the named layers."""
-    best: tuple[int, list[str]] = (0, [])
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-            continue
-        children = list(module)
-        if len({type(child) for child in children}) > 1 or is_target(children[0]):
-            continue
-        prefix = name + "." if name else ""
-        inside = sum(n.startswith(prefix) for n in names)
-        if inside > best[0]:
-            best = (inside, [prefix + child for child, _ in module.named_children()])
-    return best[1]
-
-
-def section_bytes(model: nn.Module, names: Sequence[str]) -> int:
-    """Bytes of the largest copy that `round_in_order` makes: a block, or the model if it has none."""
-    sections = [model.get_submodule(block) for block in find_blocks(model, names)] or [model]
-    return max(sum(t.nbytes for t in (*s.parameters(), *s.buffers())) for s in sections)
-
-
-@dataclass(slots=True)
-class _Flow:
-    """What flows between the blocks, by batch: the hidden states, and the other arguments of each block."""
-
-    hidden: list[Tensor] = field(default_factory=list)
-    float_hidden: list[Tensor] = field(default_factory=list)
-    """Of the float model, if it flows along."""
-    others: list[list[tuple[tuple[object, ...], dict[str, object]]]] = field(default_factory=list)
-
-    def run(self, index: int, block: nn.Module, batch: int, reference: bool) -> object:
-        """Calls the block with what the quantized blocks before it return, or (`reference`) the float ones."""
-        args, kwargs = _fresh(*self.others[batch][index])
-        hidden = (self.float_hidden if reference else self.hidden)[batch]
-        return block(hidden.clone(), *args, **kwargs)  # it may add to it in place
-
-    def advance(self, section: _Section) -> None:
-        """Replaces the hidden states by what the section returns."""
-        for batch in range(len(self.hidden)):
-            if section.reference is not None:
-                self.float_hidden[batch] = _hidden_of(section.run(section.reference, batch, True))
-            self.hidden[batch] = _hidden_of(section.run(section.module, batch, False))
-
-
-def _fresh(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
-    """A copy that shares the tensors: blocks may change other arguments, such as caches, and each run gets its own."""
-    return copy.deepcopy((args, kwargs), {id(tensor): tensor for tensor in _tensors((args, kwargs))})
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _hidden_of(output: object) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-@dataclass(slots=True)
-class _Stop(Exception):
-    """Ends a run whose rest is not needed."""
-
-
-def _capture(
-    model: nn.Module,
-    blocks: Sequence[str],
+def _round_block(
+    index: int,
+    block: str,
+    names: Sequence[str],
     batches: Sequence[object],
-    run: Callable[[nn.Module, object], object],
+    source: Blocks,
+    flow: Flow,
+    round_layer: RoundLayer,
+    resources: Resources,
+    *,
+    drift: bool,
+) -> None:
+    """Rounds the layers of a block and moves the flow past it."""
+    section = _Section(
+        module=source.copy(block),
+        reference=source.original(block) if drift else None,
+        names={name: name[len(block) + 1 :] for name in names if name.startswith(block + ".")},
+        batches=batches,
+        run=functools.partial(flow.run, index),
+        resources=resources,
+    )
+    section.round(round_layer, progress=False)
+    with together(resources.processes):
+        _advance(flow, section, index, resources.journal)
+
+
+def _round_whole(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[object],
+    run: Run,
+    round_layer: RoundLayer,
+    resources: Resources,
     *,
     drift: bool,
     progress: bool,
-) -> _Flow | None:
-    """Runs the float model once; None unless each block gets what the one before it returned, and each runs once."""
-    flow = _Flow()
-    previous: list[object] = []  # of the batch at work: what the last block returned
-    chained = True
+) -> None:
+    """The whole model as one block."""
+    size = module_bytes(model)
+    if resources.memory is not None and find_blocks(model, names) and size > resources.memory:
+        raise QuantizationError(
+            "max_memory is too little: the model's blocks do not simply feed one another, so that a copy of the whole model "
+            f"is worked on; that takes {format_bytes(size - resources.memory)} more"
+        )
+    whole = _Section(
+        module=copy.deepcopy(model),
+        reference=model if drift else None,
+        names={name: name for name in names},
+        batches=batches,
+        run=lambda module, batch, _: run(module, batches[batch]),
+        resources=resources,
+    )
+    whole.round(round_layer, progress=progress)
 
-    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        nonlocal chained
-        index, others = order[id(module)], flow.others[-1]
-        hidden = args[0] if args else None
-        if index != len(others) or not isinstance(hidden, Tensor):
-            chained = False
-        elif index == 0:
-            flow.hidden.append(hidden.clone())  # a block may add to it in place
-        else:
-            last = previous[-1]
-            chained = chained and hidden is (last[0] if isinstance(last, tuple) and last else last)
-        if not chained:
-            raise _Stop
-        others.append(_fresh(args[1:], kwargs))
 
-    def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        previous[:] = [output]
-
-    modules = [model.get_submodule(block) for block in blocks]
-    order = {id(module): index for index, module in enumerate(modules)}
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(after).remove)
-        for batch in track(batches, "calibrating", enabled=progress):
-            flow.others.append([])
-            try:
-                run(model, batch)
-            except _Stop:
-                return None
-            if len(flow.others[-1]) != len(blocks):
-                return None
-    flow.float_hidden = list(flow.hidden) if drift else []
-    return flow
+def _advance(flow: Flow, section: _Section, index: int, journal: Journal | None) -> None:
+    """Replaces the hidden states by what the section returns."""
+    for batch in range(len(section.batches)):
+        if section.resources.memory is not None:
+            return_free_memory()
+        hidden = {"hidden": hidden_of(section.run(section.module, batch, False))}
+        if section.reference is not None:
+            hidden["float"] = hidden_of(section.run(section.reference, batch, True))
+        flow.put(batch, hidden["hidden"], hidden.get("float"))
+        if journal is not None:
+            journal.save_flow(index, batch, hidden)
 
 
 @dataclass(slots=True)
@@ -235,12 +232,15 @@ class _Section:
     batches: Sequence[object]
     run: Callable[[nn.Module, int, bool], object]
     """Runs the module on a batch, by number: on what the float model produces, or not."""
+    resources: Resources
 
     def round(self, round_layer: RoundLayer, *, progress: bool) -> None:
         """Rounds layers that share an input together, in order of execution."""
         for stage in track(self._stages(), "quantizing layers", enabled=progress):
             inputs = self._collect(stage)
             for name in stage.names:
+                if self.resources.memory is not None:
+                    return_free_memory()
                 layer = self._layer(name)
                 weight = round_layer(name, layer, inputs)
                 set_weight_matrix(layer, weight)
@@ -271,21 +271,47 @@ class _Section:
             for name in self.names:
                 hooks.callback(self._layer(name).register_forward_pre_hook(record).remove)
             runs = 0
-            while len(stage_of) < len(self.names) and runs < len(self.batches):
-                self.run(self.module, runs, False)
-                runs += 1
+            with together(self.resources.processes):
+                while len(stage_of) < len(self.names) and runs < len(self.batches):
+                    with without_padding(self.batches[runs]):
+                        self.run(self.module, runs, False)
+                    runs += 1
         for stage in stages:
             stage.tensor = None
             stage.once = stage.once and runs == 1  # else batches take different ways through the block
-        never = sorted(set(self.names) - set(stage_of))  # an error later, which says so
+        if self.resources.processes is not None:
+            found = self.resources.processes.gather([(stage.names, stage.once) for stage in stages])
+            if any(other != found[0] for other in found):  # as where tokens are routed: each layer by itself
+                ordered = dict.fromkeys(
+                    name for stages_there in found for names_there, _ in stages_there for name in names_there
+                )
+                stages = [_Stage(None, None, [name], once=False) for name in ordered]
+        known = {name for stage in stages for name in stage.names}
+        never = sorted(set(self.names) - known)  # an error later, which says so
         return stages + [_Stage(None, None, [name], once=False) for name in never]
 
     def _collect(self, stage: _Stage) -> InputHessian:
         name = stage.names[0]
         layer = self._layer(name)
-        paired = self.reference is not None and not isinstance(layer, ConvModule)  # drift is for rows of features
         inputs = InputHessian(name)
+        with together(self.resources.processes):
+            paired = self._observe(stage, inputs)
+        if self.resources.processes is not None:
+            paired = all(self.resources.processes.gather(paired))
+        if not paired:
+            inputs.discard_drift()
+        if self.resources.processes is not None:
+            inputs.add_up(self.resources.processes, hessian_features(layer))
+        return inputs
+
+    def _observe(self, stage: _Stage, inputs: InputHessian) -> bool:
+        """Runs all batches; whether the drift could be observed."""
+        name = stage.names[0]
+        layer = self._layer(name)
+        paired = self.reference is not None and not isinstance(layer, ConvModule)  # drift is for rows of features
         for batch in range(len(self.batches)):
+            if self.resources.memory is not None:
+                return_free_memory()
             with without_padding(self.batches[batch]):
                 seen = self._inputs(self.module, name, batch, stop=stage.once)
                 for x in seen:
@@ -297,9 +323,7 @@ class _Section:
                 for x, float_x in zip(seen, expected, strict=False):
                     if paired:
                         inputs.update_drift(x, float_x)
-        if not paired:
-            inputs.discard_drift()
-        return inputs
+        return paired
 
     def _inputs(self, module: nn.Module, name: str, batch: int, *, stop: bool) -> list[Tensor]:
         """What a layer gets in one batch; `stop` ends the run at its first call."""
@@ -309,11 +333,11 @@ class _Section:
             if args and isinstance(args[0], Tensor):
                 seen.append(args[0] if stop else args[0].clone())  # which later layers may change in place
             if stop:
-                raise _Stop
+                raise BlocksDone
 
         handle = module.get_submodule(self.names[name]).register_forward_pre_hook(record)
         try:
-            with suppress(_Stop):
+            with suppress(BlocksDone):
                 self.run(module, batch, module is self.reference)
         finally:
             handle.remove()
@@ -322,29 +346,33 @@ class _Section:
 
 def _round_outside(
     model: nn.Module,
-    last_block: str,
+    blocks: Sequence[str],
     names: Sequence[str],
-    flow: _Flow,
+    flow: Flow,
     batches: Sequence[object],
-    run: Callable[[nn.Module, object], object],
+    run: Run,
     round_layer: RoundLayer,
+    resources: Resources,
     *,
     drift: bool,
 ) -> None:
-    """Layers before and after the blocks, such as an output head: what the last block returns is replaced."""
+    """Layers before and after the blocks, such as an output head: the blocks themselves are not run again."""
     inputs = {name: InputHessian(name) for name in names}
     expected: dict[str, list[Tensor]] = {name: [] for name in names}  # of the batch at work: the float model's inputs
     hidden: Tensor | None = None
+    of_float = False
 
-    def replace(module: nn.Module, args: tuple[object, ...], output: object) -> object:
-        if hidden is None:
-            return None
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def hand_on(hidden: Tensor, *args: object, **kwargs: object) -> object:
+        return flow.output(hidden.clone())
+
+    def end(*args: object, **kwargs: object) -> object:
+        assert hidden is not None
+        return flow.output(hidden)
 
     def record(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         if not args or not isinstance(args[0], Tensor):
             return
-        if hidden is None:
+        if of_float:
             expected[name].append(args[0].clone())
             return
         inputs[name](module, args)
@@ -352,20 +380,26 @@ def _round_outside(
             inputs[name].update_drift(args[0], expected[name].pop(0))
 
     with ExitStack() as hooks:
-        hooks.callback(model.get_submodule(last_block).register_forward_hook(replace).remove)
+        hooks.callback(replace_forward(model, dict.fromkeys(blocks[:-1], hand_on) | {blocks[-1]: end}))
         for name in names:
             hook = functools.partial(record, name)
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        for index, batch in enumerate(batches):
-            with without_padding(batch):
-                if drift:
-                    hidden = None
-                    run(model, batch)
-                hidden = flow.hidden[index]
-                run(model, batch)
-            expected = {name: [] for name in names}
+        with together(resources.processes):
+            for index, batch in enumerate(batches):
+                with without_padding(batch):
+                    for of_float in (True, False) if drift else (False,):
+                        hidden = flow.hidden(index, reference=of_float).clone()
+                        run(model, batch)
+                expected = {name: [] for name in names}
     for name, hessian in inputs.items():
+        if resources.processes is not None:
+            hessian.add_up(resources.processes, hessian_features(model.get_submodule(name)))
         round_layer(name, model.get_submodule(name), hessian)
+
+
+def hessian_features(layer: nn.Module) -> int:
+    """Width of a layer's Hessian."""
+    return weight_shape(layer)[1]
 
 
 @contextmanager

@@ -6,8 +6,10 @@ swaps modules: a call that fails or is interrupted leaves the model as it was.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -16,17 +18,19 @@ from halfbyte.conversion import convert
 from halfbyte.edits import undone_on_failure
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import OnFallback
+from halfbyte.io.journal import Journal, digest_of
 from halfbyte.memory import MemorySize
 from halfbyte.plan import Plan
-from halfbyte.preparation import Algorithm, Preparation
+from halfbyte.preparation import PREPARATION, Algorithm, Preparation, preparation_of
+from halfbyte.processes import Processes
 from halfbyte.qat.convert import convert_qat
 from halfbyte.qat.state import is_qat
 from halfbyte.recipe import Recipe
 from halfbyte.report import Report
 from halfbyte.schemes import Scheme
+from halfbyte.sequential import Resources
 from halfbyte.swap import in_parts, put_parts_in_place
 
-_PREPARATION = "_halfbyte_preparation"
 _STABLE_EVERY = 4  # batches between two looks at whether ranges have converged
 
 
@@ -40,6 +44,8 @@ def quantize_(
     on_fallback: OnFallback = "warn",
     *,
     forward: Forward | None = None,
+    state_folder: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
 ) -> Report:
     """Quantizes a model in place, in one call.
 
@@ -55,17 +61,25 @@ def quantize_(
             `MSE()` below.
         progress: Show a progress bar on stderr.
         max_memory: Bytes (or "6GB") that the model and the work may take together; default: the model and twice its largest
-            layer. Refused before any work if it cannot be kept.
+            layer, and with `GPTQ` the hidden states of all batches. Past it they wait in a temporary file (in `TMPDIR`).
+            Refused before any work if it cannot be kept. The batches themselves do not count.
         on_fallback: What to do where a module cannot be quantized exactly as asked: "raise" before any work, "warn", or
             "allow". The report lists every fallback.
         forward: `forward(model, batch)`, for batches that are not arguments of the model.
+        state_folder: Where an algorithm that works block by block (`GPTQ`) keeps what is finished. The same call goes on
+            there after an interrupt, to the same integers. Delete it when the model is saved.
+        distributed: All processes of the default `torch.distributed` group (gloo) make this call, each with the same model
+            and its own batches. Statistics are those of all batches, rows of layers are shared out, and every process ends
+            up with the same quantized model.
 
     Returns:
         What happened: per-module error, bytes before and after, time, fallbacks.
 
     Raises:
         QuantizationError: nothing to quantize, quantized already, NaN or inf in a weight, bad data, a pattern that matches
-            nothing. The model is as it was.
+            nothing, a state folder of another run, or another process failed. The model is as it was.
+        OSError: a temporary file or the state folder cannot be written (disk full). The model is as it was.
+        RuntimeError: `distributed=True` and `torch.distributed` is not initialised.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -75,30 +89,74 @@ def quantize_(
     """
     start = time.perf_counter()
     _refuse_prepared(model)
+    processes = Processes() if distributed else None
     preparation = Preparation.of(model, scheme_or_recipe, algorithms, max_memory, on_fallback, in_order=True)
     if data is None and preparation.needing_data:
         names = ", ".join(preparation.needing_data)
         raise QuantizationError(f"{names} needs calibration data: pass data=<iterable of batches>")
     in_order = preparation.hessian_rounding is not None
+    if state_folder is not None and not in_order:
+        raise QuantizationError(
+            "state_folder is for algorithms that work block by block, such as hb.GPTQ(); leave it out, the others are quick"
+        )
+    if processes is not None:
+        preparation.check_distributed()
     with (
         in_parts(model, preparation.plan.taken_apart),
-        undone_on_failure(model, preparation.staging_budget) as edits,
+        undone_on_failure(model, preparation.budget.staging) as edits,
     ):
         if data is None:
             return convert(model, preparation, progress, start)
         batches = all_batches(data) if in_order or preparation.transforms else check_data(data)
+        journal = None
+        if isinstance(batches, list) and in_order and state_folder is not None:
+            journal = open_journal(state_folder, model, preparation, batches, processes)
         if isinstance(batches, list) and preparation.transforms:
-            preparation.transform(model, batches, forward, edits, progress)
+            preparation.transform(model, batches, forward, edits, progress, processes)
         if isinstance(batches, list) and in_order:
             if (
                 preparation.ranges or preparation.means
             ):  # of the float model; the rounding sees what quantized layers give
-                with preparation.observing_ranges(model):
+                with preparation.observing_ranges(model), preparation.sharing(processes):
                     run_data(model, batches, forward=forward, progress=progress)
-            return convert(model, preparation, progress, start, batches=batches, forward=forward)
-        with preparation.observing(model):
-            preparation.batches += run_data(model, batches, forward=forward, progress=progress)
+            resources = Resources(memory=preparation.budget.run, journal=journal, processes=processes)
+            return convert(model, preparation, progress, start, batches=batches, forward=forward, resources=resources)
+        with preparation.observing(model), preparation.sharing(processes):
+            count = run_data(model, batches, forward=forward, progress=progress)
+        preparation.batches += count
         return convert(model, preparation, progress, start)
+
+
+def open_journal(
+    folder: str | os.PathLike[str],
+    weights: object,
+    preparation: Preparation,
+    batches: Sequence[object],
+    processes: Processes | None,
+) -> Journal:
+    """The state folder of a run; each process has its own in it.
+
+    Args:
+        folder: The folder.
+        weights: The model, or what else tells its weights from others.
+        preparation: What is to be done.
+        batches: Calibration data of this process.
+        processes: All processes, or None.
+    """
+    path = Path(folder)
+    if processes is not None:
+        path = path / f"process-{processes.rank}-of-{processes.count}"
+    tensors = weights.state_dict(keep_vars=True) if isinstance(weights, nn.Module) else weights
+    schemes = {row.name: None if row.scheme is None else row.scheme.to_dict() for row in preparation.plan.rows}
+    return Journal(
+        path,
+        {
+            "recipe": digest_of(schemes),
+            "algorithms": repr((*preparation.transforms, *preparation.corrections, *preparation.algorithms)),
+            "weights": digest_of(tensors),
+            "data": digest_of(batches),
+        },
+    )
 
 
 def prepare_(
@@ -138,7 +196,7 @@ def prepare_(
         )
     put_parts_in_place(model, preparation.plan.taken_apart)
     preparation.observe(model)
-    model.__dict__[_PREPARATION] = preparation
+    model.__dict__[PREPARATION] = preparation
     return model
 
 
@@ -176,21 +234,13 @@ def calibrate(
     preparation = _prepared(model)
     if until_stable and not preparation.ranges:
         raise QuantizationError("until_stable=True needs static activations, whose ranges settle; use hb.int8_static()")
-    if distributed:
-        preparation.begin_share()
 
     def enough(batches: int) -> bool:
         return until_stable and batches % _STABLE_EVERY == 0 and preparation.settled
 
-    try:
+    with preparation.sharing(Processes() if distributed else None):
         batches = run_data(model, check_data(data), forward=forward, progress=progress, enough=enough)
-    except BaseException:
-        if distributed:
-            preparation.abandon_share()
-        raise
     preparation.batches += batches
-    if distributed:
-        preparation.end_share()
     return model
 
 
@@ -217,13 +267,13 @@ def convert_(model: nn.Module, *, progress: bool = True) -> Report:
         raise QuantizationError(f"{needing} needs calibration data: run hb.calibrate(model, data) first")
     report = convert(model, preparation, progress, start)
     preparation.stop_observing(model)
-    del model.__dict__[_PREPARATION]
+    del model.__dict__[PREPARATION]
     return report
 
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether `prepare_` or `prepare_qat_` was called and `convert_` was not."""
-    return hasattr(model, _PREPARATION) or is_qat(model)
+    return preparation_of(model) is not None or is_qat(model)
 
 
 def _refuse_prepared(model: nn.Module) -> None:
@@ -232,7 +282,7 @@ def _refuse_prepared(model: nn.Module) -> None:
 
 
 def _prepared(model: nn.Module) -> Preparation:
-    preparation = getattr(model, _PREPARATION, None)
-    if not isinstance(preparation, Preparation):
+    preparation = preparation_of(model)
+    if preparation is None:
         raise QuantizationError("the model is not prepared; call hb.prepare_(model, recipe) first, or use hb.quantize_")
     return preparation

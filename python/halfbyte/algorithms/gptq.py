@@ -18,7 +18,7 @@ from halfbyte.algorithms.rounding import MSE, RoundedLayer
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback
 from halfbyte.formats import CodebookFormat, IntFormat, PackedFormat, PerTensor
-from halfbyte.hessian import InputHessian, retarget, reversed_cholesky
+from halfbyte.hessian import InputHessian, retarget
 from halfbyte.nn.packed_weight import WeightCodes
 
 
@@ -104,7 +104,7 @@ class GPTQ:
         diagonal = hessian.diagonal()
         importance = (diagonal + self.damping * diagonal.mean()).float()
         order = self._order(importance, weight_format.group_size(in_features))
-        factor, damping = reversed_cholesky(hessian, self.damping, order)
+        factor, damping = inputs.factor(hessian, self.damping, order)
         drift = inputs.drift() if self.needs_drift else None
         if drift is not None:
             weight = retarget(weight, factor, order, drift, self.error_feedback)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from halfbyte import ops
 from halfbyte.algorithms.rounding import RTN
 from halfbyte.algorithms.transform import TransformContext, TransformRecord
-from halfbyte.calibration import InputStatistics
+from halfbyte.calibration import InputStatistics, without_padding
 from halfbyte.errors import QuantizationError
 from halfbyte.folds import Consumer, Fold
 from halfbyte.formats import IntFormat, PerToken
 from halfbyte.plan import Plan
+from halfbyte.processes import Processes, together
 from halfbyte.progress import track
 from halfbyte.schemes import Scheme
 
@@ -49,6 +50,16 @@ class InputSample(InputStatistics):
         self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
         at = torch.linspace(0, len(rows) - 1, min(self._rows_a_batch, len(rows))).round().long()
         self._kept.append(rows[at].float())
+
+    def add_up(self, processes: Processes) -> None:
+        """Adds what all processes have seen."""
+        shares = processes.gather((self._sum, self._absmax, self._kept, self.tokens, self.batches))
+        sums = [total for total, *_ in shares if total is not None]
+        maxima = [largest for _, largest, *_ in shares if largest is not None]
+        self._sum = torch.stack(sums).sum(dim=0) if sums else None
+        self._absmax = torch.stack(maxima).amax(dim=0) if maxima else None
+        self._kept = [rows for share in shares for rows in share[2]]
+        self.tokens, self.batches = sum(share[3] for share in shares), sum(share[4] for share in shares)
 
     def check(self) -> None:
         """Raises unless the layer ran, on enough tokens."""
@@ -196,16 +207,22 @@ def search_bytes(plan: Plan, tokens: int) -> int:
 
 def _collect(context: TransformContext, folds: Sequence[Fold], tokens: int) -> dict[str, InputSample]:
     """One pass over the data: a sample of every distinct input."""
-    rows_a_batch = -(-tokens // max(1, len(context.batches)))
+    processes = context.processes
+    batches = len(context.batches) if processes is None else sum(processes.gather(len(context.batches)))
+    rows_a_batch = -(-tokens // max(1, batches))
     samples = {c.same_input_as: InputSample(c.same_input_as, rows_a_batch) for fold in folds for c in fold.consumers}
     if not samples:
         return samples
     with ExitStack() as hooks:
+        hooks.enter_context(together(processes))
         for name, sample in samples.items():
             hooks.callback(context.model.get_submodule(name).register_forward_pre_hook(sample).remove)
         for batch in track(context.batches, "sampling inputs", enabled=context.progress):
-            context.run(batch)
+            with without_padding(batch):
+                context.run(batch)
     for sample in samples.values():
+        if processes is not None:
+            sample.add_up(processes)
         sample.check()
     return samples
 

@@ -15,6 +15,7 @@ from halfbyte.fallback import Fallback
 from halfbyte.folds import Example, Fold, NoFold
 from halfbyte.plan import Plan
 from halfbyte.probing import find_folds
+from halfbyte.processes import Processes
 
 _EXAMPLE_TOKENS = 32
 
@@ -63,6 +64,7 @@ class TransformContext:
         forward: `forward(model, batch)`, or None for batches that are arguments of the model.
         edits: Takes every change back if the call fails.
         progress: Show progress bars on stderr.
+        processes: Each has some of the batches; all must come to the same changes. None if there is one.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class TransformContext:
     forward: Forward | None
     edits: WeightEdits
     progress: bool
+    processes: Processes | None = None
     _folds: tuple[list[Fold], list[NoFold]] | None = field(default=None, init=False)
 
     def run(self, batch: object) -> object:
@@ -80,7 +83,8 @@ class TransformContext:
     @cached_property
     def example(self) -> Example:
         """The first row of the first batch, cut short where that can be done, with the outputs of the untouched model."""
-        return _small_example(self.run, self.batches[0])
+        batch = self.batches[0] if self.processes is None else self.processes.gather(self.batches[0])[0]
+        return _small_example(self.run, batch)
 
     def folds(self) -> tuple[list[Fold], list[NoFold]]:
         """Where scales can move, found once: changes that keep the float model as it is do not change where."""

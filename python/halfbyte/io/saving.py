@@ -15,8 +15,9 @@ from halfbyte.io.manifest import DTYPES, METADATA_KEY, Manifest, ModuleEntry, Te
 from halfbyte.io.tensors import Slot, sha256, tensor_slots
 from halfbyte.nn import FoldedBatchNorm
 from halfbyte.parts import is_in_parts, type_before
+from halfbyte.preparation import preparation_of
+from halfbyte.qat.state import is_qat
 from halfbyte.targets import is_converted
-from halfbyte.workflow import is_prepared
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -81,7 +82,7 @@ def _quantized_modules(model: nn.Module) -> tuple[dict[str, ModuleEntry], dict[s
             first[id(module)] = name
             modules[name] = ModuleEntry.of(module)
     if not modules:
-        if is_prepared(model):
+        if preparation_of(model) is not None or is_qat(model):
             raise QuantizationError("the model is prepared but not quantized yet: finish with hb.convert_(model)")
         raise QuantizationError(
             "the model is not quantized: quantize it first (hb.quantize_), or save a float model with "
