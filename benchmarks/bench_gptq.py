@@ -2,12 +2,14 @@
 
     python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json
 
-hessian: `H.addmm_(X.T, X)`. factor: cholesky, cholesky_inverse, cholesky(upper). solve: the loop over columns with lazy
+hessian: `H.addmm_(X.T, X)`, in pieces of 8,192 tokens. factor: cholesky, cholesky_inverse, cholesky(upper). solve: the loop over columns with lazy
 updates of blocks of 128, round to nearest on given scales. Each pair takes turns; figures are medians. With one thread the
 clock is CPU time, so that other processes do not count.
 """
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from halfbyte.hessian import reversed_cholesky
 from models import output
 
 BITS, GROUP, BLOCK, DAMPING = 4, 128, 128, 0.01
+PIECE = 8192
 
 
 def torch_factor(hessian: Tensor) -> Tensor:
@@ -43,19 +46,36 @@ def torch_solve(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor) -> T
     return codes
 
 
+def _once(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def measure(size: int, tokens: int, repeats: int) -> dict[str, float]:
     """Seconds of each part, by `part` and `part torch`."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, size, generator=generator) * (0.2 + torch.rand(size, generator=generator))
+    piece, pieces = (
+        min(tokens, PIECE),
+        -(-tokens // PIECE),
+    )  # the same tokens again and again: time does not depend on them
+    x = torch.randn(piece, size, generator=generator) * (0.2 + torch.rand(size, generator=generator))
     weight = torch.randn(size, size, generator=generator) * 0.02
     tiles, full = ops.hessian_tiles(size), torch.zeros(size, size)
     seconds: dict[str, float] = {}
 
     def pair(name: str, ours: object, theirs: object) -> None:
-        seconds[name], seconds[f"{name} torch"] = output.alternate([ours, theirs], repeats=repeats)  # type: ignore[list-item]
+        functions: list[Callable[[], object]] = [ours, theirs]  # type: ignore[list-item]
+        times = output.alternate(functions, repeats=repeats) if repeats else [_once(f) for f in functions]
+        seconds[name], seconds[f"{name} torch"] = times
 
-    pair("hessian", lambda: ops.hessian_update_(tiles, x), lambda: full.addmm_(x.t(), x))
-    hessian = x.double().T @ x.double() / tokens
+    def in_pieces(add: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [add() for _ in range(pieces)]
+
+    pair("hessian", in_pieces(lambda: ops.hessian_update_(tiles, x)), in_pieces(lambda: full.addmm_(x.t(), x)))
+    tiles.zero_()
+    ops.hessian_update_(tiles, x)
+    hessian = ops.hessian_matrix(tiles, size) / piece
     order, single = torch.arange(size), hessian.float()
     pair("factor", lambda: reversed_cholesky(hessian, DAMPING, order), lambda: torch_factor(single))
     options = {"bits": BITS, "symmetric": False, "group_size": GROUP}
@@ -70,7 +90,7 @@ def measure(size: int, tokens: int, repeats: int) -> dict[str, float]:
     seconds["equal codes"] = (codes == torch_solve(weight, upper, scale, floats)).float().mean().item()
     seconds["solve with search"] = output.alternate(
         [lambda: ops.gptq_round(weight, factor, importance=single.diagonal().contiguous(), **options)],  # type: ignore[arg-type]
-        repeats=repeats,
+        repeats=max(1, repeats),
     )[0]
     return seconds
 
@@ -79,13 +99,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[768, 2048, 4096])
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="after a warm-up; 0 takes the first time, with no warm-up"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="merge the results into this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {f"{n}x{n}": measure(n, arguments.tokens, arguments.repeats) for n in arguments.sizes}
-    parts = ["hessian", "factor", "solve"]
+    for seconds in results.values():
+        for suffix in ("", " torch"):
+            seconds[f"layer{suffix}"] = sum(seconds[part + suffix] for part in ("hessian", "factor", "solve"))
+    parts = ["hessian", "factor", "solve", "layer"]
     rows = [
         [
             shape,
@@ -103,7 +128,7 @@ def main() -> None:
             f"\n{shape}: equal codes {seconds['equal codes']:.5f}, solve with scale search {seconds['solve with search']:.3f} s"
         )
     if arguments.json is not None:
-        output.merge_json(arguments.json, "gptq", results)
+        output.merge_json(arguments.json, f"{arguments.tokens} tokens, {arguments.threads} threads", results)
 
 
 if __name__ == "__main__":

@@ -254,3 +254,29 @@ def test_a_fold_that_changes_the_model_is_undone_and_reported(monkeypatch: pytes
         report = quantize(make(), hb.SmoothQuant(alpha=0.5))
     assert [r.producer for r in report.transforms if r.failed] == ["0.norm"]
     assert sum(not r.reason for r in report.transforms) == 3
+
+
+@pytest.mark.parametrize("transform", [hb.SmoothQuant(), hb.AWQ()])
+def test_padding_does_not_count_when_scales_are_chosen(transform: object) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.model = nn.Embedding(50, 64), make()
+
+        def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(self.embed(tokens))
+
+    mask = torch.arange(12) < torch.tensor([12, 3, 7, 12, 1, 9])[:, None]
+    tokens = torch.randint(2, 50, (6, 12), generator=torch.Generator().manual_seed(0))
+    states = []
+    for pad in (0, 1):
+        torch.manual_seed(0)
+        model = Masked()
+        with torch.no_grad():
+            model.embed.weight[0] = 0.0
+            model.embed.weight[1] = 100.0 * torch.randn(64)
+        batches = [{"tokens": torch.where(mask, tokens, pad), "attention_mask": mask.long()}] * 2
+        recipe = hb.Recipe(default=hb.int8_dynamic(), overrides={"embed": None})
+        hb.quantize_(model, recipe, data=batches, algorithms=[transform], progress=False)  # type: ignore[list-item]
+        states.append({key: value for key, value in model.state_dict().items() if key.startswith("model")})
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

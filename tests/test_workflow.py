@@ -414,8 +414,8 @@ def test_interrupt_while_swapping_is_raised_after_the_last_module(monkeypatch: p
 
 def test_full_disk_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     class FullDisk:
-        def tell(self) -> int:
-            return 0
+        def seek(self, offset: int) -> int:
+            return offset
 
         def write(self, data: bytes) -> int:
             raise OSError(28, "No space left on device")
