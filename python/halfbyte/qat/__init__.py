@@ -1,6 +1,7 @@
 """Quantization-aware training: what `hb.prepare_qat_` puts into a model, and the switches of a prepared one."""
 
 from halfbyte.qat.control import freeze_batchnorm, freeze_observers, scale_parameters, set_enabled
+from halfbyte.qat.distill import DistilledStage, distill_
 from halfbyte.qat.functions import FakeQuantize
 from halfbyte.qat.learned_activation import LearnedActivation, PactActivation
 from halfbyte.qat.learned_weight import AbsoluteMeanWeight, LearnedWeight
@@ -11,6 +12,7 @@ from halfbyte.qat.state import Schedule
 
 __all__ = [
     "AbsoluteMeanWeight",
+    "DistilledStage",
     "FakeQuantize",
     "LearnedActivation",
     "LearnedWeight",
@@ -19,6 +21,7 @@ __all__ = [
     "Schedule",
     "WeightQuantizer",
     "activation_quantizer",
+    "distill_",
     "freeze_batchnorm",
     "freeze_observers",
     "scale_parameters",
