@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from halfbyte.calibration import Data, Forward, all_batches, evaluating, run_batch
 from halfbyte.errors import QuantizationError
+from halfbyte.flow import find_blocks
 from halfbyte.outputs import attention_mask_of, is_logits, output_tensors
 from halfbyte.progress import track
 from halfbyte.qat.control import scale_parameters
 from halfbyte.qat.modules import QATModule
 from halfbyte.qat.state import qat_modules, qat_state
-from halfbyte.sequential import find_blocks, without_cache
+from halfbyte.sequential import without_cache
 
 
 @dataclass(frozen=True, slots=True)
