@@ -140,8 +140,8 @@ HALFBYTE_INLINE int32_t center_of(const TiledWeight& w) { return is_binary(w) ? 
   }
 }
 
-// The sums of a chunk begin at -z*sum(a), so that its end has nothing to take off. Not so where that is no multiple of
-// m, or not all of it.
+// The sums of a chunk begin at -z*sum(a), so that its end has nothing to take off. Not so where that is no multiple of m,
+// or not all of it.
 template <int Rows, int Panels>
 HALFBYTE_INLINE void begin_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
   const bool at_end = t.corrected || is_binary(t.w);
@@ -171,12 +171,14 @@ HALFBYTE_INLINE void end_chunk(const Int8Tile& t, int64_t row, const Segment& se
   if (t.corrected) {
     int32_t offsets[Rows][Panels][kPanel];
     load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
-    unroll<Rows>(
-        [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p])); }); });
+    unroll<Rows>([&](auto r) {
+      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p])); });
+    });
   } else {
     const int32_t* sum = t.x.chunk_sum + row * t.chunks + segment.chunk;
-    unroll<Rows>(
-        [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], set_i32(sum[r * t.chunks])); }); });
+    unroll<Rows>([&](auto r) {
+      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], set_i32(sum[r * t.chunks])); });
+    });
   }
 }
 
@@ -247,6 +249,8 @@ void sum_columns(const Int8Tile& t) {
   }
 }
 
+constexpr int64_t kBlockInputs = kBlockBytes / (kPanel * kTilePanels);
+
 using Int8RowTile = void (*)(const Int8Tile&, int64_t row, Cursor, int64_t k_end, Ahead);
 
 // Tiles of 1 to Rows rows.
@@ -275,22 +279,34 @@ HALFBYTE_INLINE void with_row_tiles(int bits, F&& f) {
   f(kNarrow.of_rows);
 }
 
+// Inputs of a block: equal ones rather than full ones and a remainder. Codes of 8 bits are used where they lie; one row
+// tile reads them just once, and a few KB more than the L1 cache cost less than to store and reload unfinished sums.
+inline int64_t block_inputs(const TileShape& shape, int64_t rows) {
+  const int64_t all = shape.padded_in();
+  if (shape.bits == 8 && (rows <= kTileRows || all <= 2 * kBlockInputs)) return all;
+  constexpr int64_t kStep = 32;  // any width's unit
+  return ceil_div(ceil_div(all, ceil_div(all, kBlockInputs)), kStep) * kStep;
+}
+
 // All of K for a tile of many rows, block by block. While it works on one block, the row tiles ask memory for the next.
 void int8_blocked(Int8Tile& t, int64_t rows) {
-  constexpr int64_t kBlock = kBlockBytes / (kPanel * kTilePanels);
+  constexpr int64_t kBlock = kBlockInputs;
   const TileShape& shape = t.w.shape;
   const int bits = shape.bits;
-  // One row tile reads 8-bit codes just once: no reason to stop between blocks.
-  const int64_t block = bits == 8 && rows <= kTileRows ? shape.padded_in() : kBlock;
+  const int64_t block = block_inputs(shape, rows);
   for (Cursor cursor(shape, kMaxChunk); cursor.k < shape.padded_in();) {
     const int64_t k_end = std::min(cursor.k + block, shape.padded_in());
     locate_codes(t.w, t.panels, kTilePanels, cursor.k, t.codes);
     Ahead ahead = {.streams = {}, .count = 0, .step = 8 * bits, .offset = 0};
-    for (int p = 0; p < kTilePanels; ++p) {
-      const int64_t distance = block == kBlock ? kBlock * kPanel * bits / 8 : kAheadBytes;
-      // After the last block, the next one is the first of the following panels.
-      ahead.streams[p] = t.codes[p] + distance +
-                         (k_end == shape.padded_in() && block == kBlock ? (kTilePanels - 1) * shape.panel_bytes() : 0);
+    const int64_t panel_bytes = shape.panel_bytes();
+    for (int64_t p = 0; p < kTilePanels; ++p) {
+      if (bits == 8 && rows <= kTileRows) {
+        ahead.streams[p] = t.codes[p] + kAheadBytes;
+      } else if (k_end < shape.padded_in()) {
+        ahead.streams[p] = t.codes[p] + (k_end - cursor.k) * kPanel * bits / 8;
+      } else {  // the first block of the panels that follow
+        ahead.streams[p] = t.w.codes + (t.panels.index[p] + kTilePanels) * panel_bytes;
+      }
     }
     if (bits < 8) {
       with_bits(bits, [&](auto width) {
