@@ -86,6 +86,12 @@ HALFBYTE_INLINE void fold_group(const FloatTile& t, int64_t row, const Segment& 
   });
 }
 
+// Loops sum in an array of their own: through a reference, some compilers store every sum at every step.
+template <int Rows, int Panels>
+HALFBYTE_INLINE void copy_tile(const F32x16 (&from)[Rows][Panels], F32x16 (&to)[Rows][Panels]) {
+  unroll<Rows>([&](auto r) { unroll<Panels>([&](auto p) { to[r][p] = from[r][p]; }); });
+}
+
 // Runs `accumulate(products, inputs)` over the segments of a block, carrying and folding the products of one row tile.
 template <int Rows, int Panels, class Accumulate>
 HALFBYTE_INLINE void float_row_tile(const FloatTile& t, int64_t row, Cursor cursor, int64_t k_end,
@@ -109,7 +115,7 @@ HALFBYTE_INLINE void float_row_tile(const FloatTile& t, int64_t row, Cursor curs
   }
 }
 
-// The whole of K for up to direct_rows() rows, converting in registers.
+// The whole of K for up to float_direct_rows() rows, converting in registers.
 template <class Codes, int Rows, int Panels>
 void float_direct(const FloatTile& t, const Codes& values) {
   constexpr int Bits = Codes::kBits;
@@ -121,6 +127,8 @@ void float_direct(const FloatTile& t, const Codes& values) {
   int64_t offset = 0;
   float_row_tile<Rows, Panels>(t, t.row_begin, Cursor(shape, shape.padded_group()), shape.padded_in(),
                                [&](F32x16(&products)[Rows][Panels], int64_t inputs) __attribute__((always_inline)) {
+                                 F32x16 sums[Rows][Panels];
+                                 copy_tile(products, sums);
                                  for (int64_t unit = 0; unit < inputs / k_unit(Bits); ++unit) {
                                    unroll<kQuadsPerUnit<Bits>>([&](auto q) {
                                      U8x64 quads[Panels];
@@ -129,14 +137,14 @@ void float_direct(const FloatTile& t, const Codes& values) {
                                        unroll<Panels>([&](auto p) {
                                          const F32x16 w = values.template value<j>(quads[p]);
                                          unroll<Rows>([&](auto r) {
-                                           products[r][p] =
-                                               fma_f32(set_f32(x[r * x_stride + 4 * q + j]), w, products[r][p]);
+                                           sums[r][p] = fma_f32(set_f32(x[r * x_stride + 4 * q + j]), w, sums[r][p]);
                                          });
                                        });
                                      });
                                    });
                                    offset += unit_bytes(Bits), x += k_unit(Bits);
                                  }
+                                 copy_tile(sums, products);
                                });
 }
 
@@ -162,18 +170,21 @@ void float_block(const FloatTile& t, int64_t row, Cursor cursor, int64_t k_end) 
   const int64_t x_stride = float_stride(t.w.shape);
   const float* x = t.x + row * x_stride + cursor.k;
   const auto* block = reinterpret_cast<const float*>(t.scratch.block);
-  float_row_tile<Rows, Panels>(
-      t, row, cursor, k_end, [&](F32x16(&products)[Rows][Panels], int64_t inputs) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < inputs; ++k) {
-          F32x16 w[Panels];
-          unroll<Panels>([&](auto p) { w[p] = load_f32(block + p * kPanel); });
-          unroll<Rows>([&](auto r) {
-            const F32x16 value = set_f32(x[r * x_stride]);
-            unroll<Panels>([&](auto p) { products[r][p] = fma_f32(value, w[p], products[r][p]); });
-          });
-          ++x, block += Panels * kPanel;
-        }
-      });
+  float_row_tile<Rows, Panels>(t, row, cursor, k_end,
+                               [&](F32x16(&products)[Rows][Panels], int64_t inputs) __attribute__((always_inline)) {
+                                 F32x16 sums[Rows][Panels];
+                                 copy_tile(products, sums);
+                                 for (int64_t k = 0; k < inputs; ++k) {
+                                   F32x16 w[Panels];
+                                   unroll<Panels>([&](auto p) { w[p] = load_f32(block + p * kPanel); });
+                                   unroll<Rows>([&](auto r) {
+                                     const F32x16 value = set_f32(x[r * x_stride]);
+                                     unroll<Panels>([&](auto p) { sums[r][p] = fma_f32(value, w[p], sums[r][p]); });
+                                   });
+                                   ++x, block += Panels * kPanel;
+                                 }
+                                 copy_tile(sums, products);
+                               });
 }
 
 void float_blocked(const FloatTile& t, int64_t rows) {
@@ -223,7 +234,7 @@ void matmul_float(const TiledWeight& w, const float* x, const float* group_sum, 
     FloatTile t = {w, x, group_sum, Scratch(scratch), row, TilePanels(panel_begin, panel_end, kTilePanels)};
     with_codes(w, [&](const auto& values) {
       using Codes = std::decay_t<decltype(values)>;
-      constexpr int kMostRows = direct_rows(Codes::kBits);
+      constexpr int kMostRows = float_direct_rows(Codes::kBits);
       if constexpr (kMostRows > 0) {
         if (rows <= kMostRows) {
           [&]<int... R>(std::integer_sequence<int, R...>) {

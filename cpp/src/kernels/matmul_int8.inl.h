@@ -140,8 +140,8 @@ HALFBYTE_INLINE int32_t center_of(const TiledWeight& w) { return is_binary(w) ? 
   }
 }
 
-// The sums of a chunk begin at -z*sum(a), so that its end has nothing to take off. Not so where that is no multiple of m,
-// or not all of it.
+// The sums of a chunk begin at -z*sum(a), so that its end has nothing to take off. Not so where that is no multiple of
+// m, or not all of it.
 template <int Rows, int Panels>
 HALFBYTE_INLINE void begin_chunk(const Int8Tile& t, int64_t row, const Segment& segment, I32x16 (&dots)[Rows][Panels]) {
   const bool at_end = t.corrected || is_binary(t.w);
@@ -171,14 +171,12 @@ HALFBYTE_INLINE void end_chunk(const Int8Tile& t, int64_t row, const Segment& se
   if (t.corrected) {
     int32_t offsets[Rows][Panels][kPanel];
     load_offsets(t, row, Rows, Panels, segment, offsets[0][0]);
-    unroll<Rows>([&](auto r) {
-      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p])); });
-    });
+    unroll<Rows>(
+        [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], load_i32(offsets[r][p])); }); });
   } else {
     const int32_t* sum = t.x.chunk_sum + row * t.chunks + segment.chunk;
-    unroll<Rows>([&](auto r) {
-      unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], set_i32(sum[r * t.chunks])); });
-    });
+    unroll<Rows>(
+        [&](auto r) { unroll<Panels>([&](auto p) { dots[r][p] = sub_i32(dots[r][p], set_i32(sum[r * t.chunks])); }); });
   }
 }
 

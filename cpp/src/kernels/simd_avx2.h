@@ -11,6 +11,7 @@ constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
+constexpr int float_direct_rows(int bits) { return direct_rows(bits); }
 // The largest code times 128, two such products to a sum: 15 * 256 * 8 and 31 * 256 * 4 are below 2^15.
 #define HALFBYTE_NARROW_SUMS
 constexpr int narrow_quads(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : 1; }

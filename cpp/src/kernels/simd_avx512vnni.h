@@ -22,6 +22,7 @@ constexpr int kTilePanels = 4;
 constexpr int kDirectAccumulators = 16;
 constexpr int kSplitBelow = 8;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
+constexpr int float_direct_rows(int bits) { return bits == 8 || bits == 4 ? 4 : bits == 2 ? 3 : 1; }
 constexpr int narrow_quads(int) { return 1; }
 
 HALFBYTE_INLINE F32x16 set_f32(float x) { return _mm512_set1_ps(x); }

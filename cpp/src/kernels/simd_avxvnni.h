@@ -12,6 +12,7 @@ constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 4;
 constexpr int kSplitBelow = 4;
 constexpr int direct_rows(int bits) { return bits == 4 ? 4 : k_unit(bits) < 32 ? 2 : 1; }
+constexpr int float_direct_rows(int bits) { return direct_rows(bits); }
 constexpr int narrow_quads(int) { return 1; }
 
 template <int Bits>

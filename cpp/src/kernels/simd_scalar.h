@@ -8,6 +8,7 @@
 //   kDirectAccumulators      rows x panels of a float tile that converts codes in registers (1, 2 or 4 panels)
 //   kSplitBelow       tiles with fewer accumulators than this get a second set, to hide the latency of dot()
 //   direct_rows(bits) up to this many rows, codes are unpacked in registers instead of into a block
+//   float_direct_rows(bits)  the same for float activations
 //   CodeTable         sixteen floats that look_up picks from by 4-bit codes
 //   narrow_quads(bits)  how many quads of codes below 2^bits are summed in 16 bits before they are widened. A level
 //                     where it may be more than 1 also defines HALFBYTE_NARROW_SUMS, kNarrowTileRows, NarrowSums,
@@ -42,6 +43,7 @@ constexpr int kTilePanels = 1;
 constexpr int kDirectAccumulators = 1;
 constexpr int kSplitBelow = 0;
 constexpr int direct_rows(int) { return 0; }  // unpacking costs little beside scalar products
+constexpr int float_direct_rows(int bits) { return direct_rows(bits); }
 constexpr int narrow_quads(int) { return 1; }
 
 template <class F>
