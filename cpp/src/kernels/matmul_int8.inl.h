@@ -281,7 +281,7 @@ HALFBYTE_INLINE void with_row_tiles(int bits, F&& f) {
 // tile reads them just once, and a few KB more than the L1 cache cost less than to store and reload unfinished sums.
 inline int64_t block_inputs(const TileShape& shape, int64_t rows) {
   const int64_t all = shape.padded_in();
-  if (shape.bits == 8 && (rows <= kTileRows || all <= 2 * kBlockInputs)) return all;
+  if (all <= kBlockInputs || (shape.bits == 8 && (rows <= kTileRows || all <= 2 * kBlockInputs))) return all;
   constexpr int64_t kStep = 32;  // any width's unit
   return ceil_div(ceil_div(all, ceil_div(all, kBlockInputs)), kStep) * kStep;
 }
