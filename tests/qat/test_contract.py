@@ -15,6 +15,7 @@ SCHEMES = {
     "int8_static": hb.int8_static(),
     "int8_static_symmetric": hb.int8_static(symmetric=True, per_channel=False),
     "int8_dynamic": hb.int8_dynamic(),
+    "int8_dynamic_asymmetric": hb.int8_dynamic(symmetric=False),
     "w4a8_static": hb.int4_int8_static(),
     "w4a4_static": hb.int_static(4, 4),
     "w2a3_static_symmetric": hb.int_static(2, 3, 8, symmetric=True),
@@ -143,11 +144,12 @@ def test_gradients_in_evaluation_mode_are_those_of_training() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_forward_in_training_is_near_that_in_evaluation() -> None:
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic", "int8_dynamic_asymmetric", "w4a4_static"])
+def test_forward_in_training_is_near_that_in_evaluation(scheme: str) -> None:
     torch.manual_seed(0)
     model = conv_net()
     x = randn(8, 3, 8, 8)
-    hb.prepare_qat_(model, hb.int8_static(), x)
+    hb.prepare_qat_(model, SCHEMES[scheme], x)
     train(model, [x] * 3)
     hb.qat.freeze_batchnorm(model)
     hb.qat.freeze_observers(model)
