@@ -118,6 +118,25 @@ def test_gptq_can_be_where_training_starts() -> None:
         LearnedWeight(weight_format, (5, 32)).load_codes(found)
 
 
+def test_starting_from_another_model_is_refused_before_anything_changes() -> None:
+    scheme = hb.int_weight_only(4, group_size=16)
+    float_model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    model = hb.prepare_qat_(copy.deepcopy(float_model), scheme, weights="learned")
+    before = [p.detach().clone() for p in model.parameters()]
+    half = copy.deepcopy(float_model)
+    hb.quantize_(half, hb.Recipe(default=scheme, overrides={"1": None}), progress=False)
+    with pytest.raises(hb.QuantizationError, match="1 is a Linear in the quantized model"):
+        hb.qat.start_from_(model, half)
+    other = copy.deepcopy(float_model)
+    hb.quantize_(other, hb.int_weight_only(3, group_size=16), progress=False)
+    with pytest.raises(hb.QuantizationError, match=r"0 has int3 group 16 asymmetric.*here it is int4"):
+        hb.qat.start_from_(model, other)
+    untrained = hb.prepare_qat_(copy.deepcopy(float_model), scheme)
+    with pytest.raises(hb.QuantizationError, match="0 does not train its scale"):
+        hb.qat.start_from_(untrained, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def lsq_plus(x: Tensor, scale: float, offset: float, qmin: int, qmax: int, grad: Tensor) -> tuple[float, float, Tensor]:
     """Equations 3 to 5 of arXiv:2004.09576 in float64, without the gradient's factor: of the scale, the offset and x."""
     # The zero point of our formats is an integer, so the offset that is used is a multiple of the scale.

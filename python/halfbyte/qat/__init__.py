@@ -8,6 +8,7 @@ from halfbyte.qat.learned_weight import AbsoluteMeanWeight, LearnedWeight
 from halfbyte.qat.modules import QATModule
 from halfbyte.qat.quantizer_base import WeightQuantizer
 from halfbyte.qat.quantizers import activation_quantizer, weight_quantizer
+from halfbyte.qat.start import start_from_
 from halfbyte.qat.state import Schedule
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "freeze_observers",
     "scale_parameters",
     "set_enabled",
+    "start_from_",
     "weight_quantizer",
 ]
