@@ -38,7 +38,7 @@ SCHEMES = {
     "ternary": hb.ternary_weight_only(32),
 }
 # Fewer bits, longer steps: weights have further to go to the next integer.
-LEARNING_RATES = {"4 bits": 1e-4, "3 bits": 3e-4}
+LEARNING_RATES = {"4 bits": 5e-5, "3 bits": 2e-4}
 
 
 def distill(student: nn.Module, teacher: nn.Module, data: Sequence[Tensor], *, rate: float) -> None:
@@ -51,7 +51,9 @@ def distill(student: nn.Module, teacher: nn.Module, data: Sequence[Tensor], *, r
         betas=(0.9, 0.95),
         weight_decay=0.0,
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(data))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=len(data), pct_start=0.1
+    )
     for step, rows in enumerate(data):
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at 2 bits and for ternary")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate at 2 bits and for ternary")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="append a line of results for each format")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import halfbyte as hb
 from halfbyte.formats import NF4_VALUES, CodebookFormat, IntFormat, PackedFormat, PerAxis, PerGroup, PerTensor
 from halfbyte.qat import AbsoluteMeanWeight, LearnedActivation, LearnedWeight, PactActivation
-from halfbyte.qat.learned import positive_scale
+from halfbyte.qat.learned import exponential_scale, positive_scale
 
 SEQ = (-0.75, -0.25, 0.25, 0.75)
 FORMATS: dict[str, PackedFormat] = {
@@ -94,7 +94,7 @@ def test_training_sees_what_the_integers_stand_for(name: str, method: str) -> No
 def test_first_scales_are_the_published_ones(name: str, method: str, expected: object) -> None:
     weight = weight_of()
     quantizer = initialized(name, method, weight)
-    assert isinstance(quantizer, LearnedWeight) and callable(expected)
+    assert isinstance(quantizer, LearnedWeight) and callable(expected) and quantizer.scale is not None
     torch.testing.assert_close(quantizer.scale.detach(), expected(weight))
 
 
@@ -142,7 +142,7 @@ def lsq_plus(x: Tensor, scale: float, offset: float, qmin: int, qmax: int, grad:
     # The zero point of our formats is an integer, so the offset that is used is a multiple of the scale.
     zero_point = round(qmin - offset / scale)
     v = x.double() / scale + zero_point
-    low, high = v < qmin - 0.5, v > qmax + 0.5
+    low, high = v <= qmin, v >= qmax
     inside = ~(low | high)
     error = torch.where(
         inside, torch.round(v) - v, torch.where(low, float(qmin), float(qmax)) - (qmin - offset / scale)
@@ -157,12 +157,13 @@ def lsq_plus(x: Tensor, scale: float, offset: float, qmin: int, qmax: int, grad:
 
 
 def test_offset_and_scale_of_activations_are_those_of_lsq_plus() -> None:
-    quantizer = LearnedActivation(IntFormat(bits=4, symmetric=False, granularity=PerTensor()), name="x")
+    asymmetric = IntFormat(bits=4, symmetric=False, granularity=PerTensor())
+    quantizer = LearnedActivation(asymmetric, name="x", method="lsq")
     x = torch.randn(16, 10, requires_grad=True)
     quantizer.fake(x)
     with torch.no_grad():
+        assert quantizer.scale is not None and quantizer.offset is not None
         quantizer.scale.fill_(0.25)
-        assert quantizer.offset is not None
         quantizer.offset.fill_(-1.5)
     grad = torch.randn(16, 10)
     quantizer.fake(x)(x).backward(grad)
@@ -175,8 +176,9 @@ def test_offset_and_scale_of_activations_are_those_of_lsq_plus() -> None:
 
 
 def test_first_batch_sets_the_range_and_later_ones_do_not() -> None:
-    symmetric = LearnedActivation(IntFormat(bits=4, granularity=PerTensor()), name="x")
-    asymmetric = LearnedActivation(IntFormat(bits=8, symmetric=False, granularity=PerTensor()), name="x")
+    symmetric = LearnedActivation(IntFormat(bits=4, granularity=PerTensor()), name="x", method="lsq")
+    unsigned = IntFormat(bits=8, symmetric=False, granularity=PerTensor())
+    asymmetric = LearnedActivation(unsigned, name="x", method="lsq")
     x = torch.rand(64, 10) * 3 - 0.5
     for quantizer in (symmetric, asymmetric):
         with pytest.raises(hb.QuantizationError, match="the range of x was never observed"):
@@ -192,10 +194,37 @@ def test_first_batch_sets_the_range_and_later_ones_do_not() -> None:
     assert zero_point.item() == round(-x.min().item() / scale.item()) - 128
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_first_range_of_learned_has_a_small_error(symmetric: bool) -> None:
+    activation_format = IntFormat(bits=4, symmetric=symmetric, granularity=PerTensor())
+    quantizer = LearnedActivation(activation_format, name="x")
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).relu()
+    x[0, 0] = 12.0  # one element that is not worth a wide range
+    error = (quantizer.fake(x)(x) - x).square().mean().item()
+    widest = hb.ops.fake_quantize(
+        x, torch.tensor(12 / activation_format.qmax), torch.tensor(0), qmin=0, qmax=activation_format.qmax
+    )
+    assert error < 0.7 * (widest - x).square().mean().item()
+
+
+def test_steps_of_learned_are_relative_to_the_scale() -> None:
+    scales = []
+    for magnitude in (1e-5, 1.0, 1e5):
+        quantizer = LearnedActivation(IntFormat(bits=4, symmetric=False, granularity=PerTensor()), name="x")
+        x = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)) * magnitude
+        optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-2, eps=0.0)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (quantizer.fake(x)(x) / magnitude).square().sum().backward()
+            optimizer.step()
+        scales.append(quantizer.qparams()[0].item() / magnitude)
+    assert scales == pytest.approx([scales[1]] * 3, rel=1e-3)
+
+
 def test_pact_learns_from_what_it_cuts_off() -> None:
     quantizer = PactActivation(IntFormat(bits=4, symmetric=False, granularity=PerTensor()), name="x")
     quantizer.fake(torch.tensor([[0.5, 3.75]]))
-    assert quantizer.scale.item() == 3.75  # alpha, 15 steps of 0.25
+    assert quantizer.scale is not None and quantizer.scale.item() == 3.75  # alpha, 15 steps of 0.25
     x = torch.tensor([[3.75, 5.0, 3.74, 0.25, 0.0, -1.0]], requires_grad=True)
     grad = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 1e4, 1e5]])
     y = quantizer.fake(x)(x)
@@ -224,9 +253,9 @@ def test_absolute_mean_is_computed_from_the_weight() -> None:
 def test_scales_are_positive_and_gradients_bounded_whatever_the_numbers() -> None:
     numbers = torch.tensor([0.1, -0.1, 0.0, torch.nan, torch.inf, -torch.inf, 1e-42, 1e30], requires_grad=True)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        scale = positive_scale(numbers, dtype)
-        assert bool((scale > 0).all()) and bool(scale.isfinite().all())
-        assert torch.equal(scale.to(dtype).float(), scale)
+        for scale in (positive_scale(numbers, dtype), exponential_scale(numbers, dtype)):
+            assert bool((scale > 0).all()) and bool(scale.isfinite().all())
+            assert torch.equal(scale.to(dtype).float(), scale)
     numbers.grad = None
     upstream = torch.tensor([1.0, 1.0, 1.0, torch.nan, torch.inf, -torch.inf, 1e38, -1e38])
     positive_scale(numbers).backward(upstream)

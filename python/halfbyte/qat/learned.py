@@ -158,22 +158,42 @@ def positive_scale(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Ten
         >>> positive_scale(torch.tensor([0.1, -0.25, 0.0, float("nan")]))
         tensor([1.0000e-01, 2.5000e-01, 1.1755e-38, 1.1755e-38])
     """
-    scale: Tensor = _PositiveScale.apply(parameter, dtype)  # type: ignore[no-untyped-call]
+    scale: Tensor = _Scale.apply(parameter, dtype, False)  # type: ignore[no-untyped-call]
     return scale
 
 
-class _PositiveScale(torch.autograd.Function):
+def exponential_scale(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The scale whose natural logarithm a trained number is; bounds and gradients as of `positive_scale`.
+
+    A step of an optimizer such as Adam changes it by the learning rate's part of it, however small or large it is.
+
+    Args:
+        parameter: Any shape; float32.
+        dtype: What the scale is stored in.
+
+    Example:
+        >>> exponential_scale(torch.tensor([0.0, -1.0, float("nan")]))
+        tensor([1.0000e+00, 3.6788e-01, 1.1755e-38])
+    """
+    scale: Tensor = _Scale.apply(parameter, dtype, True)  # type: ignore[no-untyped-call]
+    return scale
+
+
+class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(torch.where(parameter < 0, -1.0, 1.0))
+    def forward(ctx: FunctionCtx, parameter: Tensor, dtype: torch.dtype, logarithm: bool) -> Tensor:
+        number = parameter.detach().float()
         smallest, largest = torch.finfo(dtype).tiny, _LARGEST.get(dtype, 2.0**60)
-        magnitude = torch.nan_to_num(parameter.detach().float().abs(), nan=smallest, posinf=largest)
-        return torch.clamp(magnitude, smallest, largest).to(dtype).float()
+        magnitude = number.exp() if logarithm else number.abs()
+        magnitude = torch.nan_to_num(magnitude, nan=smallest, posinf=largest)
+        scale = torch.clamp(magnitude, smallest, largest).to(dtype).float()
+        ctx.save_for_backward(scale if logarithm else torch.where(number < 0, -1.0, 1.0))
+        return scale
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        (sign,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
-        return bounded_gradient(grad) * sign, None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
+        return bounded_gradient(grad * derivative), None, None
 
 
 def bounded_gradient(grad: Tensor) -> Tensor:
@@ -202,3 +222,21 @@ class _ZeroPoint(torch.autograd.Function):
         scale, ratio = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
         of_offset = -grad / scale
         return bounded_gradient(of_offset), -of_offset * ratio, None, None
+
+
+def zero_point_of_part(part: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The zero point, rounded, of a range of which `part`, 0 to 1, lies below zero; the gradient passes straight through."""
+    zero_point: Tensor = _Part.apply(part, qmin, qmax)  # type: ignore[no-untyped-call]
+    return zero_point
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, part: Tensor, qmin: int, qmax: int) -> Tensor:
+        ctx.codes = qmax - qmin  # type: ignore[attr-defined]  # a context takes any attribute
+        return torch.round(torch.clamp(torch.nan_to_num(part.detach().float(), 0.0), 0.0, 1.0) * (qmax - qmin)) + qmin
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        codes: int = ctx.codes  # type: ignore[attr-defined]
+        return bounded_gradient(grad * codes), None, None

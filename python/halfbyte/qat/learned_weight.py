@@ -19,7 +19,14 @@ from halfbyte.errors import QuantizationError
 from halfbyte.formats import CodebookFormat, IntFormat, PackedFormat, PerTensor
 from halfbyte.nn.packed_weight import WeightCodes
 from halfbyte.qat.functions import FakeQuantize, StraightThrough
-from halfbyte.qat.learned import LearnedAffine, LearnedCodebook, positive_scale, zero_point_of_offset
+from halfbyte.qat.learned import (
+    LearnedAffine,
+    LearnedCodebook,
+    exponential_scale,
+    positive_scale,
+    zero_point_of_offset,
+    zero_point_of_part,
+)
 from halfbyte.qat.quantizer_base import WeightQuantizer
 
 LearnedMethod: TypeAlias = Literal["learned", "lsq", "lsq+", "seq", "binary"]
@@ -27,7 +34,7 @@ LEARNED_METHODS: tuple[str, ...] = get_args(LearnedMethod)
 
 
 class LearnedWeight(WeightQuantizer):
-    """A scale for each group, trained with the weights; asymmetric formats train where the range begins, too.
+    """A scale for each group, trained with the weights; asymmetric formats train their zero point, too.
 
     | method | formats | first scale | gradient |
     | --- | --- | --- | --- |
@@ -37,9 +44,10 @@ class LearnedWeight(WeightQuantizer):
     | "seq" | codebooks, ternary | `max|w|` lies half a step past the last value | passes up to there |
     | "binary" | one bit | `mean|w|` | passes where `|w| <= scale` |
 
-    The gradient of a scale is divided by `sqrt(n * steps)` for `n` weights that share it
-    and the steps from the middle of the range to its end (LSQ). Parameters: `scale`, whose
-    magnitude is the scale, and `offset` of asymmetric formats, the value of the lowest code.
+    The gradient of a scale is divided by `sqrt(n * steps)` for `n` weights that share it and the steps from the middle of the
+    range to its end (LSQ). Parameters of "learned": `log_scale`, so that Adam's steps are relative to the scale, and
+    `zero_part`, the part of an asymmetric range that lies below zero. Of the others, as published: `scale`, whose magnitude is
+    the scale, and `offset`, the value of the lowest code.
 
     Args:
         weight_format: Format of the weight.
@@ -50,8 +58,10 @@ class LearnedWeight(WeightQuantizer):
         ValueError: the method does not fit the format.
     """
 
-    scale: nn.Parameter
+    scale: nn.Parameter | None
     offset: nn.Parameter | None
+    log_scale: nn.Parameter | None
+    zero_part: nn.Parameter | None
 
     def __init__(self, weight_format: PackedFormat, shape: tuple[int, int], method: LearnedMethod = "learned") -> None:
         super().__init__(weight_format, shape)
@@ -66,9 +76,12 @@ class LearnedWeight(WeightQuantizer):
             raise ValueError(f"weights={method!r} does not quantize to {weight_format}; use 'learned'")
         self.method = method
         self._group_size = None if weight_format.granularity == PerTensor() else weight_format.group_size(shape[1])
-        groups = (1, 1) if self._group_size is None else (shape[0], shape[1] // self._group_size)
-        self.scale = nn.Parameter(torch.ones(groups))
-        self.offset = None if weight_format.symmetric else nn.Parameter(torch.zeros(groups))
+        self._groups = groups = (1, 1) if self._group_size is None else (shape[0], shape[1] // self._group_size)
+        relative = method == "learned"
+        self.scale = None if relative else nn.Parameter(torch.ones(groups))
+        self.log_scale = nn.Parameter(torch.zeros(groups)) if relative else None
+        self.offset = None if relative or weight_format.symmetric else nn.Parameter(torch.zeros(groups))
+        self.zero_part = nn.Parameter(torch.zeros(groups)) if relative and not weight_format.symmetric else None
         elements = math.prod(shape) // math.prod(groups)
         # Steps from the middle of the range to its end: LSQ's Q_P.
         self._steps = (
@@ -97,10 +110,8 @@ class LearnedWeight(WeightQuantizer):
             mean, deviation = grouped.mean(-1), grouped.std(-1, correction=0)
             reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
             scale, low = reach / (1 << (f.bits - 1)), -reach
-        self.scale.copy_(scale)
-        if self.offset is not None:
-            assert low is not None
-            self.offset.copy_(torch.clamp(low, max=0.0))
+        zero_point = None if f.symmetric or low is None else torch.clamp(f.qmin - low / scale, f.qmin, f.qmax)
+        self._set(scale, zero_point)
 
     @torch.no_grad()
     def load_codes(self, codes: WeightCodes) -> None:
@@ -109,29 +120,48 @@ class LearnedWeight(WeightQuantizer):
         Raises:
             QuantizationError: they are of another shape.
         """
-        expected = (self.shape[0], self.scale.shape[1])
-        if codes.scale.shape != expected or (codes.zero_point is None) != (self.offset is None):
+        expected = (self.shape[0], self._groups[1])
+        if codes.scale.shape != expected or (codes.zero_point is None) != self.format.symmetric:
             raise QuantizationError(
                 f"codes have scales of shape {tuple(codes.scale.shape)}; {self.format} of a weight of shape "
                 f"{tuple(self.shape)} needs {expected}, with zero points only where it is asymmetric"
             )
-        rows = slice(0, self.scale.shape[0])  # per tensor they repeat
-        self.scale.copy_(codes.scale[rows])
+        rows = slice(0, self._groups[0])  # per tensor they repeat
+        self._set(codes.scale[rows].float(), None if codes.zero_point is None else codes.zero_point[rows].float())
+
+    def _set(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        qmin, qmax = self.format.qmin, self.format.qmax
+        if self.scale is not None:
+            self.scale.copy_(scale)
+        if self.log_scale is not None:
+            self.log_scale.copy_(torch.clamp(scale, min=torch.finfo(self.format.scale_dtype).tiny).log())
+        if self.offset is not None and zero_point is not None:
+            self.offset.copy_((qmin - zero_point) * scale)
+        if self.zero_part is not None and zero_point is not None:
+            self.zero_part.copy_((zero_point - qmin) / (qmax - qmin))
+
+    def _qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, rounded as they are stored; differentiable."""
+        f = self.format
+        if self.log_scale is not None:
+            scale = exponential_scale(self.log_scale, f.scale_dtype)
+        else:
+            assert self.scale is not None
+            scale = positive_scale(self.scale, f.scale_dtype)
+        if self.zero_part is not None:
+            return scale, zero_point_of_part(self.zero_part, f.qmin, f.qmax)
         if self.offset is not None:
-            assert codes.zero_point is not None
-            self.offset.copy_(codes.zero_point[rows].float() * -self.scale)
+            return scale, zero_point_of_offset(self.offset, scale, f.qmin, f.qmax)
+        return scale, torch.zeros_like(scale)
 
     def fake(self, weight: Tensor) -> FakeQuantize:
         """See `WeightQuantizer`."""
-        f, scale = self.format, positive_scale(self.scale, self.format.scale_dtype)
+        f, (scale, zero_point) = self.format, self._qparams()
         if isinstance(f, CodebookFormat):
             clip = 0.99 * _reach(f) if self.method == "seq" else None
             return LearnedCodebook(scale, f.values, self._group_size or self.shape[1], clip, self.grad_factor)
         if f.binary:
             return LearnedCodebook(self._spread(scale), None, self._group_size or self.shape[1], None, self.grad_factor)
-        zero_point = torch.zeros_like(scale)
-        if self.offset is not None:
-            zero_point = zero_point_of_offset(self.offset, scale, f.qmin, f.qmax)
         return LearnedAffine(
             scale,
             zero_point,
@@ -146,7 +176,7 @@ class LearnedWeight(WeightQuantizer):
     def codes(self, weight: Tensor) -> WeightCodes:
         """See `WeightQuantizer`."""
         f, weight = self.format, weight.detach()
-        scale = positive_scale(self.scale, f.scale_dtype)
+        scale, zero_point = self._qparams()
         spread = self._spread(scale)
         stored = spread.to(f.scale_dtype)
         size = self._group_size or self.shape[1]
@@ -155,15 +185,13 @@ class LearnedWeight(WeightQuantizer):
             return WeightCodes(codes, stored, None, f.table())
         if f.binary:
             return WeightCodes((weight >= 0).to(torch.uint8), stored, None)
-        zero_point = torch.zeros_like(spread, dtype=torch.int32)
-        if self.offset is not None:
-            zero_point = self._spread(zero_point_of_offset(self.offset, scale, f.qmin, f.qmax)).to(torch.int32)
+        zero_point = self._spread(zero_point).to(torch.int32)
         codes = ops.quantize(weight, spread, zero_point, qmin=f.qmin, qmax=f.qmax, group_size=size)
         return WeightCodes(codes, stored, None if f.symmetric else zero_point.to(torch.uint8))
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """`[groups of the scale, weights of each]`, in the scale's shape."""
-        return weight.reshape(*self.scale.shape, -1)
+        return weight.reshape(*self._groups, -1)
 
     def _spread(self, qparam: Tensor) -> Tensor:
         """`[O, G]`: per tensor, one for each output."""

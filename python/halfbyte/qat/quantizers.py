@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -236,20 +236,20 @@ def activation_quantizer(
 
     Args:
         activation_format: Per token or per tensor.
-        method: For static activations: "moving_average" (also "auto"), or trained, "learned" (LSQ, and LSQ+ where the format is
-            asymmetric) and "pact".
+        method: For static activations: "moving_average" (also "auto"), or trained, "learned", and as published "lsq" (LSQ+
+            where the format is asymmetric) and "pact"; see `qat.LearnedActivation`.
         name: What error messages call the tensor.
         per_sample: The input of a convolution.
 
     Raises:
         ValueError: an unknown method, or one that does not fit the format.
     """
-    if method not in ("auto", "moving_average", "learned", "pact"):
-        raise ValueError(f"activations={method!r} is unknown; use 'auto', 'moving_average', 'learned' or 'pact'")
+    if method not in ("auto", "moving_average", "learned", "lsq", "pact"):
+        raise ValueError(f"activations={method!r} is unknown; use 'auto', 'moving_average', 'learned', 'lsq' or 'pact'")
     if activation_format.granularity != PerTensor():
         return DynamicActivation(activation_format, per_sample=per_sample)
-    if method == "learned":
-        return LearnedActivation(activation_format, name=name)
+    if method in ("learned", "lsq"):
+        return LearnedActivation(activation_format, name=name, method=cast(Literal["learned", "lsq"], method))
     if method == "pact":
         return PactActivation(activation_format, name=name)
     return MovingAverageActivation(activation_format, name=name)
