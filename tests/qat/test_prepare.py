@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from qat_models import conv_net, train
@@ -128,6 +130,33 @@ def test_failing_to_prepare_leaves_the_model() -> None:
     with pytest.raises(hb.QuantizationError, match="out: weight has NaN"):
         hb.prepare_qat_(model, hb.int8_dynamic())
     assert all(module is before[name] for name, module in model.named_modules())
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(8, 16, sparse=True), nn.Linear(16, 4))
+    with pytest.raises(hb.QuantizationError, match="0 has sparse=True"):
+        hb.prepare_qat_(model, hb.int8_dynamic())
+    assert type(model[0]) is nn.Embedding
+
+
+def test_saving_a_prepared_model_is_refused(tmp_path: Path) -> None:
+    model = mlp()
+    hb.prepare_qat_(model, hb.int8_dynamic())
+    with pytest.raises(hb.QuantizationError, match=r"hb.convert_\(model\)"):
+        hb.save(model, tmp_path / "model.safetensors")
+
+
+def test_saved_model_gives_what_training_evaluated(tmp_path: Path) -> None:
+    model, x = conv_net(), torch.randn(4, 3, 8, 8)
+    hb.prepare_qat_(model, hb.int_static(4, 4), x)
+    train(model, [x] * 2)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        hb.convert_(model, progress=False)
+        hb.save(model, tmp_path / "model.safetensors")
+        loaded = conv_net()
+        hb.load_(loaded, tmp_path / "model.safetensors")
+        assert torch.equal(loaded.eval()(x), expected)
 
 
 def test_ranges_are_moving_averages_of_the_extremes() -> None:

@@ -83,6 +83,7 @@ def prepare_qat_(
     if kept and example_inputs is not None:
         pairs, kept = find_batch_norms(model, example_inputs)
     made, pairs = _with_batch_norms(made, pairs, kept, traced=example_inputs is not None)
+    _check_embeddings(model, made)
     announce(made.fallbacks, on_fallback)
     undo = put_parts_in_place(model, made.taken_apart)
     try:
@@ -102,6 +103,16 @@ def prepare_qat_(
                 module.switch("weights", False)
                 module.switch("activations", False)
     return model
+
+
+def _check_embeddings(model: nn.Module, made: Plan) -> None:
+    modules = ModelInParts.of(model, made.taken_apart).modules
+    for row in made.targets:
+        if getattr(modules[row.name], "sparse", False):
+            raise QuantizationError(
+                f"{row.name} has sparse=True; gradients of fake quantization are dense: use sparse=False, or leave it out "
+                f"with hb.Recipe(..., overrides={{{row.name!r}: None}})"
+            )
 
 
 def _batch_norms(model: nn.Module) -> dict[str, str]:
