@@ -2,9 +2,9 @@
 
     python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json
 
-hessian: `H.addmm_(X.T, X)`, in pieces of 8,192 tokens. factor: cholesky, cholesky_inverse, cholesky(upper). solve: the loop
-over columns with lazy updates of blocks of 128, round to nearest on given scales. Each pair takes turns; figures are medians.
-With one thread the clock is CPU time, so that other processes do not count.
+hessian: `H.addmm_(X.T, X)`, in pieces of 8,192 tokens. factor: cholesky, cholesky_inverse, cholesky(upper). solve: the
+loop over columns with lazy updates of blocks of 128, round to nearest on given scales. layer: all three. Each pair takes
+turns; figures are medians. With one thread the clock is CPU time, so that other processes do not count.
 """
 
 import argparse

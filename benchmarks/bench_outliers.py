@@ -31,7 +31,7 @@ ALGORITHMS: dict[str, tuple[hb.algorithms.Transform | hb.algorithms.Rounding, ..
 }
 
 
-def measure(root: Path, name: str, factors: list[float], rows: int) -> dict[str, dict[str, object]]:
+def measure(root: Path, name: str, factors: list[float], rows: int, wanted: list[str]) -> dict[str, dict[str, object]]:
     """Perplexity and KL of every scheme and algorithm at every factor."""
     text = llama.load_text(root, name, rows=rows, calibration_rows=24)
     float_model = llama.load_float(root, name)
@@ -42,7 +42,8 @@ def measure(root: Path, name: str, factors: list[float], rows: int) -> dict[str,
         planted = copy.deepcopy(float_model)
         llama.plant_outliers(planted, factor)
         for scheme_name, scheme in SCHEMES.items():
-            for algorithm_name, algorithms in ALGORITHMS.items():
+            for algorithm_name in wanted:
+                algorithms = ALGORITHMS[algorithm_name]
                 if algorithm_name == "SmoothQuant" and scheme.activation is None:
                     continue
                 model = copy.deepcopy(planted)
@@ -101,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=llama.MODELS, default="novels5M")
     parser.add_argument("--factor", nargs="+", type=float, default=[1.0, 30.0, 100.0])
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--rows", type=int, default=40, help="evaluation rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="merge the results into this file")
@@ -109,7 +111,7 @@ def main() -> None:
     if root is None:
         parser.exit(0, "skipped: no shared data here; HALFBYTE_SHARED names the folder that holds data/\n")
     torch.set_num_threads(arguments.threads)
-    rows = measure(root, arguments.model, arguments.factor, arguments.rows)
+    rows = measure(root, arguments.model, arguments.factor, arguments.rows, arguments.algorithms)
     print(outliers_table(rows))
     if arguments.json is not None:
         output.merge_json(arguments.json, "outliers", rows)

@@ -17,6 +17,7 @@ from halfbyte.processes import Processes
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_DAMPING = 1e6
+_BLOCK = 128
 
 
 class InputHessian(InputStatistics):
@@ -207,9 +208,33 @@ def reversed_cholesky(hessian: Tensor, damping: float, order: Tensor) -> tuple[T
     while used < _LARGEST_DAMPING:
         matrix.diagonal().copy_(diagonal + used * (mean if mean > 0 else 1.0))
         for dtype in (torch.float32, torch.float64):
-            lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
+            lower, failed = _cholesky(matrix.to(dtype))
             factor = lower.flip(0, 1).float()
-            if failed.item() == 0 and bool((factor.diagonal() > 0).all()) and bool(torch.isfinite(factor).all()):
+            if not failed and bool((factor.diagonal() > 0).all()) and bool(torch.isfinite(factor).all()):
                 return factor, used
         used = max(2 * used, 1e-6)
     raise QuantizationError("the Hessian of the inputs is not finite, or negative far beyond rounding errors")
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower Cholesky factor, and whether it failed.
+
+    LAPACK's own gives other last bits for every number of threads. In blocks of 128 columns, left-looking, nearly all of the
+    work is in products of whole blocks, which do not; and blocks of that size it factors alone.
+    """
+    size = -(-len(matrix) // _BLOCK) * _BLOCK
+    padded = torch.eye(size, dtype=matrix.dtype)
+    padded[: len(matrix), : len(matrix)] = matrix
+    lower = torch.zeros_like(padded)
+    for begin in range(0, size, _BLOCK):
+        end = begin + _BLOCK
+        columns = padded[begin:, begin:end]
+        if begin:
+            columns = torch.addmm(columns, lower[begin:, :begin], lower[begin:end, :begin].T, alpha=-1)
+        diagonal, failed = torch.linalg.cholesky_ex(columns[:_BLOCK])
+        if failed.item():
+            return lower, True
+        lower[begin:end, begin:end] = diagonal
+        if end < size:
+            lower[end:, begin:end] = torch.linalg.solve_triangular(diagonal.T, columns[_BLOCK:], upper=True, left=False)
+    return lower[: len(matrix), : len(matrix)], False
