@@ -95,6 +95,17 @@ def measure(size: int, tokens: int, repeats: int) -> dict[str, float]:
     return seconds
 
 
+def layers_table(results: dict[str, dict[str, object]]) -> str:
+    """As docs/gptq.md shows it."""
+    rows = [
+        [shape, part, f"{seconds[part]:.3f}", f"{seconds[part + ' torch']:.3f}", f"{ratio:.1f}"]
+        for shape, seconds in results.items()
+        for part in ("hessian", "factor", "solve", "layer")
+        if (ratio := float(str(seconds[part + " torch"])) / float(str(seconds[part])))
+    ]
+    return output.markdown(["layer", "part", "halfbyte, s", "torch, s", "ratio"], rows, left=(0, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[768, 2048, 4096])
@@ -110,25 +121,13 @@ def main() -> None:
     for seconds in results.values():
         for suffix in ("", " torch"):
             seconds[f"layer{suffix}"] = sum(seconds[part + suffix] for part in ("hessian", "factor", "solve"))
-    parts = ["hessian", "factor", "solve", "layer"]
-    rows = [
-        [
-            shape,
-            part,
-            f"{seconds[part]:.3f}",
-            f"{seconds[part + ' torch']:.3f}",
-            f"{seconds[part + ' torch'] / seconds[part]:.1f}",
-        ]
-        for shape, seconds in results.items()
-        for part in parts
-    ]
-    print(output.markdown(["layer", "part", "halfbyte, s", "torch, s", "ratio"], rows))
+    print(layers_table({shape: dict(seconds) for shape, seconds in results.items()}))
     for shape, seconds in results.items():
         print(
             f"\n{shape}: equal codes {seconds['equal codes']:.5f}, solve with scale search {seconds['solve with search']:.3f} s"
         )
     if arguments.json is not None:
-        output.merge_json(arguments.json, f"{arguments.tokens} tokens, {arguments.threads} threads", results)
+        output.merge_json(arguments.json, f"{arguments.tokens}-tokens", results)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_gptq
 import bench_gptq_accuracy
 import bench_language_model
 import bench_outliers
 import bench_sentence_encoder
+import bench_sizing
 import peer_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -25,6 +27,8 @@ TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "accuracy"): bench_gptq_accuracy.accuracy_table,
     ("lm", "text"): bench_language_model.text_list,
     ("lm", "speed"): bench_language_model.speed_table,
+    ("lm", "layers"): bench_gptq.layers_table,
+    ("lm", "sizing"): bench_sizing.sizing_table,
     ("lm", "outliers"): bench_outliers.outliers_table,
     ("encoder", "quality"): bench_sentence_encoder.quality_table,
     ("encoder", "speed"): bench_sentence_encoder.speed_table,
