@@ -16,6 +16,7 @@ import copy
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,21 @@ def training_images(root: Path, name: str) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
+def load(root: Path, name: str, count: int) -> tuple[nn.Module, Tensor, vision.Vision]:
+    """The float model with batch normalization folded, training images, and what it is scored on; inputs of about 1."""
+    images, data = training_images(root, name), vision.load_data(root, name, images=count)
+    model = vision.load_float(root, name).to(memory_format=torch.channels_last)
+    hb.fuse_(model, images[:2])
+    if (
+        name == "ResNet-8"
+    ):  # takes 0 to 255, with a first layer of very small weights, for which no learning rate is right
+        first = model.get_submodule("conv0")
+        with torch.no_grad():
+            first.get_parameter("weight").mul_(255)
+        images, data = images / 255, replace(data, images=data.images / 255)
+    return model, images, data
+
+
 def augmented(images: Tensor) -> Tensor:
     """Mirrored at random, and all shifted alike by up to four pixels."""
     mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
@@ -61,7 +77,7 @@ def distill(student: nn.Module, teacher: nn.Module, images: Tensor, *, steps: in
     student.train()
     scales = set(hb.qat.scale_parameters(student))
     weights = [p for p in student.parameters() if p not in scales]
-    optimizer = torch.optim.Adam([{"params": weights}, {"params": list(scales), "lr": rate}], lr=rate)
+    optimizer = torch.optim.Adam([{"params": weights}, {"params": list(scales)}], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         x = augmented(images[torch.randint(len(images), (batch,))]).to(memory_format=torch.channels_last)
@@ -96,10 +112,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.models:
         torch.manual_seed(0)
-        data = vision.load_data(arguments.data, name, images=arguments.images)
-        images = training_images(arguments.data, name)
-        teacher = vision.load_float(arguments.data, name).to(memory_format=torch.channels_last)
-        hb.fuse_(teacher, images[:2])
+        teacher, images, data = load(arguments.data, name, arguments.images)
         recipe = hb.Recipe(default=hb.int_static(4, 4), overrides=FIRST_AND_LAST[name])
         row: dict[str, object] = {"model": name, "steps": arguments.steps, "batch": arguments.batch}
         row["float"] = accuracy(teacher, data)
