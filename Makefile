@@ -52,6 +52,7 @@ all: $(VENV)/.deps
 
 demo: build
 	python examples/digits.py
+	python examples/qat_digits.py
 
 test: test-core $(if $(CI),sanitize) test-python
 

@@ -81,10 +81,10 @@ def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x_train, x_test, y_train, y_test
 
 
-def train(x: Tensor, y: Tensor, *, epochs: int) -> DigitClassifier:
+def train(x: Tensor, y: Tensor, *, epochs: int, embedding: int = 32, width: int = 1024) -> DigitClassifier:
     """A trained model in eval mode."""
     torch.manual_seed(0)
-    model = DigitClassifier()
+    model = DigitClassifier(embedding, width)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=epochs * -(-len(x) // 64))
     for _ in range(epochs):
