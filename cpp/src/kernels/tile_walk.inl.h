@@ -169,7 +169,7 @@ HALFBYTE_INLINE void run_slabs(int64_t row_begin, int64_t row_end, int64_t most,
 constexpr int kMaxPanels = 4;              // panels of the widest tile
 constexpr int64_t kSlabRows = 384;         // most rows that share one pass over the weights
 constexpr int64_t kBlockBytes = 32 << 10;  // unpacked codes of a tile and a block of inputs: most of the L1 cache
-constexpr int64_t kAheadBytes = 1024;      // how far ahead of its own reading a tile that reads memory directly asks
+constexpr int64_t kAheadBytes = 2048;      // how far ahead of its own reading a tile that reads memory directly asks
 
 struct Scratch {
   uint8_t* block;       // [kBlockBytes]
