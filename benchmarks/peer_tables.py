@@ -103,7 +103,7 @@ def origin(document: dict[str, Any]) -> str:
     limits = ", ".join(f"{name} {value:.0f}" for name, value in machine["limits"].items())
     return (
         f"{machine['cpu']}, {machine['level']}, {machine['threads']} threads, cache {machine['cache_mb']} MB; limits in GB/s "
-        f"and 1e9 operations/s: {limits}. `python benchmarks/bench_peers.py`"
+        f"and 1e9 operations/s: {limits}. `{machine['command']}`"
     )
 
 

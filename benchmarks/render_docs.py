@@ -63,6 +63,9 @@ def replacement(match: re.Match[str]) -> str:
     """The marker, the table and its origin."""
     file, section, kind = match[2], match[3], match[4]
     content = json.loads((REPOSITORY / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
+    if file.startswith("peers_"):
+        make = peer_tables.contest_table if kind == "contest" else peer_tables.time_table
+        return f"{match[1]}\n{make(content['rows'], section)}\n\n{peer_tables.origin(content)}\n\n{match[5]}"
     if file == "linear.json":
         machine = content["machine"]
         counts = ",".join(str(n) for n in sorted({row["rows"] for row in content["rows"]}))
