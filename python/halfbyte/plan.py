@@ -297,6 +297,11 @@ class _Resolver:
         for name, choice in choices.items():
             self._fit_group_size(name, choice)
         self._leave_whole(choices)
+        asked = any(s is not None and s.attention for s in (self.recipe.default, *self.recipe.overrides.values()))
+        if asked and not any(c.scheme is not None and c.scheme.attention for c in choices.values()):
+            raise QuantizationError(
+                "hb.int8_attention names no nn.MultiheadAttention whose q_proj is quantized; give the scheme without it"
+            )
         return Plan(rows=tuple(self._rows(choices)))
 
     def _leave_whole(self, choices: dict[str, _Choice]) -> None:
@@ -348,7 +353,11 @@ class _Resolver:
         return choice
 
     def _resolve(self, name: str) -> tuple[Scheme | None, Pattern | None]:
-        return self.recipe.resolve(name, self.modules[name], self.view.whole(name))
+        whole = self.view.whole(name)
+        scheme, override = self.recipe.resolve(name, self.modules[name], whole)
+        if scheme is not None and scheme.attention and not _speaks_for_attention(name, whole):
+            scheme = replace(scheme, attention=False)
+        return scheme, override
 
     def _settle_tie(self, choices: list[_Choice], names: list[str]) -> None:
         """Modules that share one weight get one format, unless overrides name different ones."""
@@ -442,6 +451,11 @@ class _Resolver:
         return sum(t.nbytes for t in (*own.parameters(), *own.buffers())) - sum(
             t.nbytes for t in (*parts.parameters(), *parts.buffers())
         )
+
+
+def _speaks_for_attention(name: str, whole: tuple[str, nn.Module] | None) -> bool:
+    """Whether it is the part whose scheme says how an attention module computes its scores and values."""
+    return whole is not None and isinstance(whole[1], nn.MultiheadAttention) and name == f"{whole[0]}.q_proj"
 
 
 def kernel_name(module: nn.Module, scheme: Scheme) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -39,6 +39,8 @@ class Scheme:
             keeps them in floating point.
         observer: Finds the range of static activations; a prototype that has seen nothing. Not part of what the module
             computes: files do not hold it, and schemes that differ in it alone are equal.
+        attention: Of the projections of `nn.MultiheadAttention`: its scores and its sum over values are INT8 products too, with
+            scales found at run time (`hb.int8_attention`).
 
     Raises:
         ValueError: a combination that no kernel computes.
@@ -47,6 +49,7 @@ class Scheme:
     weight: Format
     activation: IntFormat | None = None
     observer: Observer | None = field(default=None, compare=False)
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, IntFormat | CodebookFormat):
@@ -79,6 +82,9 @@ class Scheme:
         return self.activation is not None and self.activation.granularity == PerTensor()
 
     def __str__(self) -> str:
+        return self._weight_and_activation() + (", int8 scores and values" if self.attention else "")
+
+    def _weight_and_activation(self) -> str:
         if self.activation is None:
             return f"{self.weight}{'' if isinstance(self.weight, FloatFormat) else ', float activations'}"
         if not self.static:
@@ -95,7 +101,8 @@ class Scheme:
     def to_dict(self) -> dict[str, object]:
         """A JSON-able description; `Scheme.from_dict` reads it back."""
         activation = None if self.activation is None else self.activation.to_dict()
-        return {"weight": self.weight.to_dict(), "activation": activation}
+        fields: dict[str, object] = {"weight": self.weight.to_dict(), "activation": activation}
+        return {**fields, "attention": True} if self.attention else fields
 
     @staticmethod
     def from_dict(fields: Mapping[str, object]) -> Scheme:
@@ -104,15 +111,17 @@ class Scheme:
         Raises:
             ValueError: unknown or missing keys, or formats that this version does not know.
         """
-        if set(fields) != {"weight", "activation"}:
+        if set(fields) - {"attention"} != {"weight", "activation"}:
             raise ValueError(f"scheme has keys {sorted(fields)}, expected ['activation', 'weight']")
-        weight, activation = fields["weight"], fields["activation"]
+        weight, activation, attention = fields["weight"], fields["activation"], fields.get("attention", False)
+        if not isinstance(attention, bool):
+            raise ValueError(f"attention={attention!r} of a scheme is neither true nor false")
         if not isinstance(weight, Mapping) or not (activation is None or isinstance(activation, Mapping)):
             raise ValueError(f"not a scheme: {dict(fields)}")
         activation_format = None if activation is None else format_from_dict(activation)
         if not (activation_format is None or isinstance(activation_format, IntFormat)):
             raise ValueError(f"activations cannot be {activation_format}")
-        return Scheme(weight=format_from_dict(weight), activation=activation_format)
+        return Scheme(weight=format_from_dict(weight), activation=activation_format, attention=attention)
 
 
 def int8_dynamic(*, symmetric: bool = True) -> Scheme:
@@ -278,6 +287,24 @@ def int_static(
     observer = MSE() if observer is None else observer
     weight = _low_bit_weight(weight_bits, group_size, True)
     return Scheme(weight=weight, activation=_static(activation_bits, symmetric), observer=observer)
+
+
+def int8_attention(scheme: Scheme) -> Scheme:
+    """A scheme whose `nn.MultiheadAttention` modules compute scores and the sum over values as INT8 products, too.
+
+    Queries, keys, values and attention weights get their scales at run time, one for each token. Other modules are quantized as
+    by `scheme` itself.
+
+    Args:
+        scheme: What the projections get.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(64, nhead=4, batch_first=True).eval()
+        >>> plan = hb.plan(model, hb.int8_attention(hb.int8_dynamic()))
+        >>> str(plan.rows[0].scheme)
+        'int8 per channel, int8 activations, int8 scores and values'
+    """
+    return replace(scheme, attention=True)
 
 
 def bf16() -> Scheme:

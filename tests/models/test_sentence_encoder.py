@@ -59,3 +59,11 @@ def test_encoder_on_pytorchs_own_layers_keeps_its_rank_correlation(encoder: Subj
     assert report.bytes_after < report.bytes_before / 3.5
     spearman, _ = minilm.score(minilm.embed(model, encoder.pairs), encoder.pairs)
     assert abs(spearman - encoder.spearman) < 0.003
+
+
+def test_int8_scores_and_values_keep_the_rank_correlation(encoder: Subject, shared_data: Path) -> None:
+    model = minilm.load_torch(shared_data)
+    hb.quantize_(model, hb.int8_attention(hb.int8_dynamic()), progress=False)
+    assert model.encoder.layers[0].self_attn.int8_products
+    spearman, _ = minilm.score(minilm.embed(model, encoder.pairs), encoder.pairs)
+    assert abs(spearman - encoder.spearman) < 0.003

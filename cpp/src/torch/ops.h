@@ -111,6 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
                                              int64_t proj_bits, int64_t proj_group_size, bool proj_int8,
                                              OptionalTensor proj_act_scale, OptionalTensor proj_act_zero_point,
                                              OptionalTensor proj_codebook, bool asymmetric, bool proj_asymmetric);
+Tensor attention_scores_int8(Tensor query, Tensor key);
+Tensor attention_values_int8(Tensor weights, Tensor value);
 std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, OptionalTensor state, int64_t cell);
 
 // embedding_bag_ops.cpp: mode is 0 sum, 1 mean, 2 max.

@@ -79,6 +79,8 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "int proj_group_size, bool proj_int8, Tensor? proj_act_scale, Tensor? proj_act_zero_point, Tensor? "
       "proj_codebook, bool asymmetric=False, bool proj_asymmetric=False) -> (Tensor, Tensor, "
       "Tensor)");
+  m.def("attention_scores_int8(Tensor query, Tensor key) -> Tensor");
+  m.def("attention_values_int8(Tensor weights, Tensor value) -> Tensor");
   m.def("recurrent_cell(Tensor x_gates, Tensor h_gates, Tensor? state, int cell) -> (Tensor, Tensor)");
   m.def(
       "embedding_bag_weight_only(Tensor indices, Tensor offsets, Tensor? per_sample_weights, Tensor qweight, Tensor "
@@ -116,6 +118,8 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("cross_hessian_update_", TORCH_BOX(&cross_hessian_update_));
   m.impl("gptq_polish", TORCH_BOX(&gptq_polish));
   m.impl("recurrent", TORCH_BOX(&recurrent));
+  m.impl("attention_scores_int8", TORCH_BOX(&attention_scores_int8));
+  m.impl("attention_values_int8", TORCH_BOX(&attention_values_int8));
   m.impl("recurrent_cell", TORCH_BOX(&recurrent_cell));
   m.impl("embedding_bag_weight_only", TORCH_BOX(&embedding_bag_weight_only));
 }

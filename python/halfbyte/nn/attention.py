@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfbyte import ops
 from halfbyte.nn.as_layers import as_linear
+from halfbyte.nn.linear import HalfLinear, QuantizedLinear
 
 
 class QuantizedMultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` whose four projections `q_proj`, `k_proj`, `v_proj` and `out_proj` are layers of their own.
 
     Scores, softmax and the sum over values are in floating point, by `scaled_dot_product_attention` unless attention weights
-    are asked for. The fused path of `nn.TransformerEncoderLayer`, which reads float weights, does not apply.
+    are asked for; with `hb.int8_attention`, scores and sums are INT8 products around a softmax in float32. The fused path of
+    `nn.TransformerEncoderLayer`, which reads float weights, does not apply.
 
     Args:
         attention: The module whose place it takes.
@@ -78,9 +81,10 @@ class QuantizedMultiheadAttention(nn.Module):
         batch, length, source = query.shape[0], query.shape[1], key.shape[1]
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask; give the mask as well")
+        int8 = self.int8_products
         # Alone, the hint stands for the mask, which scaled_dot_product_attention then need not read.
         causal = is_causal and key_padding_mask is None and not need_weights and self.bias_k is None
-        causal = causal and not self.add_zero_attn
+        causal = causal and not self.add_zero_attn and not int8
         mask = None if causal else self._mask(attn_mask, key_padding_mask, batch, length, source, query.dtype)
         k, v = self.k_proj(key), self.v_proj(value)
         if self.bias_k is not None and self.bias_v is not None:
@@ -93,17 +97,25 @@ class QuantizedMultiheadAttention(nn.Module):
             mask = F.pad(mask, (0, k.shape[2] - source))  # appended keys are never masked
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
-            scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
+        if need_weights or int8:
+            if int8:
+                scores = ops.attention_scores_int8(q.float(), k.float()) * math.sqrt(1.0 / self.head_dim)
+            else:
+                scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
             weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
-            output = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
+            output = ops.attention_values_int8(weights, v.float()).to(v.dtype) if int8 else weights @ v
+            weights = (weights.mean(dim=1) if average_attn_weights else weights).to(v.dtype) if need_weights else None
         else:
             output = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    @property
+    def int8_products(self) -> bool:
+        """Whether scores and the sum over values are INT8 products: what the scheme of `q_proj` says."""
+        return isinstance(self.q_proj, QuantizedLinear | HalfLinear) and self.q_proj.scheme.attention
 
     def merge_masks(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor

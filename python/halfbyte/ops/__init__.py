@@ -1,5 +1,6 @@
 """The operators, for people who build their own layers. Nothing else in the package mentions `torch.ops`."""
 
+from halfbyte.ops.attention import attention_scores_int8, attention_values_int8
 from halfbyte.ops.conv import conv_int8, conv_weight_only
 from halfbyte.ops.elementwise import (
     dequantize,
@@ -38,6 +39,8 @@ __all__ = [
     "Estimator",
     "Layout",
     "Projection",
+    "attention_scores_int8",
+    "attention_values_int8",
     "conv_int8",
     "conv_weight_only",
     "cross_hessian_update_",
