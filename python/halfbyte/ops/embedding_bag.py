@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
+from halfbyte.ops.autograd import skipped_autograd
 from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_codes, check_group_size
 
 __all__ = ["BagMode", "embedding_bag_weight_only"]
@@ -78,6 +79,55 @@ def embedding_bag_weight_only(
         tensor([[2.0000, 1.0000],
                 [1.5000, 2.0000]])
     """
+    group = embedding_dim if group_size is None else group_size
+    try:
+        with skipped_autograd(per_sample_weights):
+            y: Tensor = _embedding_bag_weight_only(
+                indices,
+                offsets,
+                per_sample_weights,
+                qweight,
+                scale,
+                zero_point,
+                bits,
+                num_embeddings,
+                embedding_dim,
+                group,
+                tiled,
+                _MODES[mode],
+                include_last_offset,
+                padding_idx,
+                dtype,
+                codebook,
+            )
+    except Exception as error:
+        _check(
+            indices, offsets, per_sample_weights, qweight, zero_point, bits, embedding_dim, group, mode, dtype, codebook
+        )
+        # The stable ABI knows one exception type; values that only C++ reads are the user's mistakes all the same.
+        message = str(error)
+        for start, kind in (("index ", IndexError), ("offsets", ValueError)):
+            place = message.find(start)
+            if place >= 0 and ("outside a table" in message or start == "offsets"):
+                raise kind(message[place:].splitlines()[0]) from None
+        raise
+    return y
+
+
+def _check(
+    indices: Tensor,
+    offsets: Tensor,
+    per_sample_weights: Tensor | None,
+    qweight: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    embedding_dim: int,
+    group_size: int,
+    mode: str,
+    dtype: torch.dtype,
+    codebook: Tensor | None,
+) -> None:
+    """Raises unless the arguments fit together; only where the operator refused them, or is traced."""
     check_codes(indices, "indices", (torch.int32, torch.int64))
     check_codes(offsets, "offsets", (torch.int32, torch.int64))
     check_codes(qweight, "qweight", (torch.uint8,))
@@ -86,8 +136,7 @@ def embedding_bag_weight_only(
         raise ValueError(f"mode={mode!r} is unknown; use 'sum', 'mean' or 'max'")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype={dtype} is not supported; use float32, bfloat16 or float16")
-    group = embedding_dim if group_size is None else group_size
-    check_group_size(group, embedding_dim, "the table")
+    check_group_size(group_size, embedding_dim, "the table")
     check_codebook(codebook, bits, zero_point)
     if indices.dim() != 1 or offsets.dim() != 1:
         raise ValueError(
@@ -101,34 +150,6 @@ def embedding_bag_weight_only(
                 f"per_sample_weights have shape {tuple(per_sample_weights.shape)}, indices {tuple(indices.shape)}; "
                 "give one weight for each index"
             )
-    try:
-        y: Tensor = _embedding_bag_weight_only(
-            indices,
-            offsets,
-            per_sample_weights,
-            qweight,
-            scale,
-            zero_point,
-            bits,
-            num_embeddings,
-            embedding_dim,
-            group,
-            tiled,
-            _MODES[mode],
-            include_last_offset,
-            padding_idx,
-            dtype,
-            codebook,
-        )
-    except RuntimeError as error:
-        # The stable ABI knows one exception type; values that only C++ reads are the user's mistakes all the same.
-        message = str(error)
-        for start, kind in (("index ", IndexError), ("offsets", ValueError)):
-            place = message.find(start)
-            if place >= 0 and ("outside a table" in message or start == "offsets"):
-                raise kind(message[place:].splitlines()[0]) from None
-        raise
-    return y
 
 
 def _embedding_bag_weight_only_fake(
@@ -149,6 +170,20 @@ def _embedding_bag_weight_only_fake(
     dtype: torch.dtype,
     codebook: Tensor | None = None,
 ) -> Tensor:
+    name = next(name for name, index in _MODES.items() if index == mode)
+    _check(
+        indices,
+        offsets,
+        per_sample_weights,
+        qweight,
+        zero_point,
+        bits,
+        embedding_dim,
+        group_size,
+        name,
+        dtype,
+        codebook,
+    )
     bags = offsets.shape[0] - (1 if include_last_offset else 0)
     return qweight.new_empty((bags, embedding_dim), dtype=dtype)
 
