@@ -25,6 +25,7 @@ SUITE: dict[str, list[str]] = {  # name: script and arguments that make it quick
     "linear": ["bench_linear.py", *LINEAR, "--json", str(RESULTS / "linear.json")],
     "elementwise": ["bench_elementwise.py", "--json", str(RESULTS / "elementwise.json")],
     "gptq": ["bench_gptq.py", "--sizes", "768", "2048", "--json", str(RESULTS / "gptq.json")],
+    "recurrent": ["bench_recurrent.py", "--json", str(RESULTS / "recurrent.json")],
     "language_model": ["bench_language_model.py", *MODELS, "--json", str(RESULTS / "novels5M.json")],
     "sentence_encoder": ["bench_sentence_encoder.py", *MODELS, "--json", str(RESULTS / "minilm.json")],
 }
