@@ -102,7 +102,12 @@ def measure(case: searched.Case, cache: Path | None, progress: bool) -> hb.Sensi
 
 
 def compare(
-    case: searched.Case, table: hb.SensitivityTable, score: Scorer, parts: Sequence[float], cache: Path | None
+    case: searched.Case,
+    table: hb.SensitivityTable,
+    score: Scorer,
+    parts: Sequence[float],
+    cache: Path | None,
+    plot: Path | None,
 ) -> dict[str, object]:
     """Every allocation between the uniform widths at equal bytes, at the bytes of each uniform width, and the front."""
     uniform = {key: score(dict.fromkeys(table.entries, key)) for key in table.schemes}
@@ -127,7 +132,7 @@ def compare(
             "trace ranking": score(trace.allocate(max_bytes=budget, corrections=0).choices),
             "search, no corrections": score(table.allocate(max_bytes=budget, corrections=0).choices),
             "search": {**score(found.choices), "measured": found.measured_loss, "predicted": found.predicted_loss},
-            "choices": dict(found.choices),
+            "choices": widths(found),
         }
         between.append(row)
         show(row)
@@ -136,18 +141,25 @@ def compare(
         budget = int(uniform[key]["bytes"])
         found = table.allocate(max_bytes=budget)
         row = {"budget": budget, "scheme": key, "uniform": uniform[key], "search": score(found.choices)}
-        at_uniform.append({**row, "choices": dict(found.choices)})
+        at_uniform.append({**row, "choices": widths(found)})
         show(row)
     front = table.pareto(points=16, measured=True)
     print(front)
+    if plot is not None:
+        front.plot(plot)
     return {
         "float": score({}),
         "uniform": uniform,
         "between": between,
         "at_uniform": at_uniform,
         "seconds": seconds,
-        "front": front.to_dict(),
+        "front": [{"bytes": p.bytes, "kl": p.loss, "choices": widths(p)} for p in front.points],
     }
+
+
+def widths(allocation: hb.Allocation) -> str:
+    """The first word of the scheme of every unit, in order: int4 int8 float."""
+    return " ".join(key.split()[0] for key in allocation.choices.values())
 
 
 def show(row: Mapping[str, object]) -> None:
@@ -207,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--latency", type=float, metavar="SECONDS", help="only times, this long for each of two parts")
     parser.add_argument("--parts", default="0.33,0.67", help="where the budgets lie between two uniform widths")
     parser.add_argument("--cache", type=Path, help="keeps measurements; an interrupted run goes on there")
+    parser.add_argument("--plot", type=Path, help="PNG of the front")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args(arguments)
@@ -227,13 +240,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(f"{options.model}: {len(table.units)} units, {seconds:.0f} s\n{table}", flush=True)
     score = Scorer(table, case, options.cache and options.cache.with_suffix(".scores"))
-    if options.check:
-        keep("prediction", check(table, score))
     parts = [float(part) for part in options.parts.split(",")]
     keep(
         "accuracy",
-        {"units": len(table.units), "measuring": seconds, **compare(case, table, score, parts, options.cache)},
+        {
+            "units": len(table.units),
+            "measuring": seconds,
+            **compare(case, table, score, parts, options.cache, options.plot),
+        },
     )
+
+    if options.check:
+        keep("prediction", check(table, score))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import bench_outliers
 import bench_sentence_encoder
 import bench_sizing
 import peer_tables
+import search_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -83,7 +84,10 @@ def replacement(match: re.Match[str]) -> str:
         )
         return f"{match[1]}\n{recurrent_table(content, section)}\n\n{origin}\n\n{match[5]}"
     document = content[section]
-    table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
+    if file.startswith("search_"):
+        table = search_tables.TABLES[kind](content)
+    else:
+        table = TABLES["encoder" if file.startswith("minilm") else "lm", kind](document["rows"])
     machine = document["environment"]
     origin = (
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} thread(s), PyTorch {machine['torch']}: "

@@ -1,7 +1,8 @@
 """Correction rounds: neighbours of a solution are measured, and the best is kept.
 
 The table adds up sensitivities that were measured one at a time. Where modules disturb each other the true optimum lies
-near its solution; flips that the table thinks nearly free are tried on the model itself.
+near its solution; flips that the table thinks nearly free are tried on the model itself. Where many modules disturb each
+other, as near the fewest bits, another estimate's solution may be nearer: the better of the two is where flips start.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ def correct(
         uniform = {unit.name: key for unit in table.units if key in allowed[unit.name]}
         if len(uniform) == len(table.units) and _fits(table, uniform, limits) and loss < best_loss:
             best, best_loss = uniform, loss
+    traces = session.traces()
+    if traces is not None:
+        other = table._solve(allowed, limits, "loss", traces)
+        loss = session.measure(other).loss
+        if loss < best_loss:
+            best, best_loss = other, loss
     for _ in range(rounds):
         before = best_loss
         for neighbour in _neighbours(table, allowed, limits, best)[:_TRIED]:

@@ -73,7 +73,10 @@ class Front:
     def _table(self) -> Table:
         table = Table(["", "size", "latency", "bits/weight", self.loss_name], right={1, 2, 3, 4})
         labels = short_labels(list(self.uniform))
-        rows = [("", point) for point in self.points] + [(f"all {labels[k]}", p) for k, p in self.uniform.items()]
+        named = [point.choices for point in self.uniform.values()]
+        rows = [("", point) for point in self.points if point.choices not in named] + [
+            (f"all {labels[k]}", p) for k, p in self.uniform.items()
+        ]
         for label, point in sorted(rows, key=lambda row: self.cost_of(row[1])):
             latency = "" if point.latency is None else f"{1e3 * point.latency:.3f} ms"
             loss = f"{point.loss:.3e}" if point.loss else "0"

@@ -2,7 +2,7 @@
 
 The model runs with every scheme in turn, again and again, while hooks take the time of each unit. What a unit takes thus
 includes the state in which its surroundings leave the caches. Modules of one type, weight shape and scheme are one kernel
-and share their median.
+and share their median. The sum is checked against the time of the whole model without hooks, and scaled to it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Latency:
         units: Unit name to candidate key to seconds.
         rest: What the model takes outside the units.
         whole: Candidate key to the measured seconds of the whole model with that scheme everywhere.
+        scale: Candidate key to what the times of its units were multiplied by to add up to that: 1 but for what a scheme
+            changes between the units, such as the memory format that the next operation finds.
         threads: Threads that torch used.
         rounds: Times each was measured.
         margin: Half width of the 95 % confidence interval of the whole model's time, relative, the widest of all schemes.
@@ -39,6 +41,7 @@ class Latency:
     units: Mapping[str, Mapping[str, float]] = field(repr=False)
     rest: float
     whole: Mapping[str, float]
+    scale: Mapping[str, float]
     threads: int
     rounds: int
     margin: float
@@ -53,6 +56,7 @@ class Latency:
             "units": {name: dict(times) for name, times in self.units.items()},
             "rest": self.rest,
             "whole": dict(self.whole),
+            "scale": dict(self.scale),
             "threads": self.threads,
             "rounds": self.rounds,
             "margin": self.margin,
@@ -115,11 +119,14 @@ def measure_latency(
     finally:
         bench.apply({})
     units = _pooled(bench, inner)
-    rests = [median(whole[key]) - sum(units[name].get(key, units[name][FLOAT]) for name in units) for key in keys]
+    middle = {key: median(times) for key, times in whole.items()}
+    rest = max(middle[FLOAT] - sum(row[FLOAT] for row in units.values()), 0.0)
+    scale = {key: _fit(units, key, middle[key] - rest) for key in keys}
     return Latency(
         units=units,
-        rest=median(rests),
-        whole={key: median(times) for key, times in whole.items()},
+        rest=rest,
+        whole=middle,
+        scale=scale,
         threads=torch.get_num_threads(),
         rounds=rounds,
         margin=_widest(whole),
@@ -169,6 +176,18 @@ def _pooled(bench: Workbench, inner: Mapping[str, Mapping[str, list[float]]]) ->
             if key in bench.candidates[name]:
                 units[name][key] = median(pool[kernels[name]])
     return units
+
+
+def _fit(units: dict[str, dict[str, float]], key: str, wanted: float) -> float:
+    """Scales the times of a scheme so that all units in it, or in float where it does not apply, take `wanted` seconds."""
+    having = [row for row in units.values() if key in row]
+    fixed = sum(row[FLOAT] for row in units.values() if key not in row)
+    scale = (wanted - fixed) / sum(row[key] for row in having)
+    if scale <= 0:
+        return 1.0
+    for row in having:
+        row[key] *= scale
+    return scale
 
 
 def _kernel_of(bench: Workbench, unit: str) -> object:

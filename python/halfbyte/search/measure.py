@@ -119,7 +119,8 @@ def measure_sensitivity(
         "calibration": None if calibration is None else content_hash(nn.Module(), calibrating, {}),
     }
     subject = content_hash(model, batches, settings) if cache is not None else ""
-    session = Session(bench, meter, MeasurementCache(cache, subject), batches[0], forward)
+    traced = method == "measure" and loss == "kl"
+    session = Session(bench, meter, MeasurementCache(cache, subject), batches, forward, traced=traced)
     keys = list(by_key)
     uniform = {key: _everywhere(bench, key) for key in keys}
     uniform_losses = {key: session.measure(choices).loss for key, choices in _tracked(uniform, progress)}

@@ -192,6 +192,8 @@ def _trace(
                         product, z = next(each)
                         if product is not None:
                             traces[unit] += float((product * z).sum()) / (probes * len(batches))
+    known = [trace for trace in traces.values() if trace > 0]
+    least = 1e-3 * sum(known) / max(len(known), 1)  # for estimates that noise made negative: more bits are never worse
     scores: Scores = {}
     for unit, named in weights.items():
         n = sum(weight.numel() for weight in named.values())
@@ -199,7 +201,7 @@ def _trace(
         for key in bench.candidates[unit]:
             if key != FLOAT:
                 error = sum(float(_weight_error(bench, unit, key, m, w).square().sum()) for m, w in named.items())
-                scores[unit][key] = max(traces[unit], 0.0) / n * error
+                scores[unit][key] = max(traces[unit], least) / n * error
     return scores
 
 

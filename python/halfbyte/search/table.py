@@ -23,6 +23,7 @@ from halfbyte.search.front import Front
 from halfbyte.search.latency import Latency, measure_latency
 from halfbyte.search.losses import summarize
 from halfbyte.search.prediction import LossCurve
+from halfbyte.search.proxies import Scores
 from halfbyte.search.quantities import parse_quantity
 from halfbyte.search.session import Session
 from halfbyte.search.solver import Problem, solve, total
@@ -145,6 +146,8 @@ class SensitivityTable:
             key: self._allocation({n: key for n, row in self.entries.items() if key in row}, {}, loss, None)
             for key, loss in self.uniform_losses.items()
         }
+        # One scheme everywhere is an allocation too, and its loss is known.
+        found += [point for key, point in uniform.items() if all(key in keys for keys in allowed.values())]
         uniform[FLOAT] = self._allocation({}, {}, 0.0 if self.loss_name in ("kl", "mse") else None, None)
         return Front(cost=cost, points=tuple(found), uniform=uniform, loss_name=self.loss_name).without_dominated()
 
@@ -159,7 +162,7 @@ class SensitivityTable:
         session = self._need_session("time the model")
         self.latency = measure_latency(
             session.bench,
-            session.batch if batch is None else batch,
+            session.batches[0] if batch is None else batch,
             forward=session.forward,
             seconds=seconds,
             progress=progress,
@@ -225,11 +228,15 @@ class SensitivityTable:
             raise ValueError("no budget: give max_bytes, max_latency or max_loss")
         return limits
 
-    def _problem(self, allowed: Mapping[str, Sequence[str]]) -> tuple[Problem, list[tuple[str, str]]]:
+    def _problem(
+        self, allowed: Mapping[str, Sequence[str]], losses: Scores | None = None
+    ) -> tuple[Problem, list[tuple[str, str]]]:
         rows = [(i, unit.name, key) for i, unit in enumerate(self.units) for key in allowed[unit.name]]
         entries = [self.entries[name][key] for _, name, key in rows]
         costs = {
-            "loss": np.array([max(entry.loss, 0.0) for entry in entries]),
+            "loss": np.array(
+                [max(losses[name][key] if losses else self.entries[name][key].loss, 0.0) for _, name, key in rows]
+            ),
             "bytes": np.array([float(entry.bytes) for entry in entries]),
         }
         if self.latency is not None:
@@ -250,9 +257,14 @@ class SensitivityTable:
         return sorted({*map(float, spaced), *(each for each in own if low + rest <= each <= high + rest)})
 
     def _solve(
-        self, allowed: Mapping[str, Sequence[str]], limits: Mapping[str, float], minimize: str
+        self,
+        allowed: Mapping[str, Sequence[str]],
+        limits: Mapping[str, float],
+        minimize: str,
+        losses: Scores | None = None,
     ) -> dict[str, str]:
-        problem, names = self._problem(allowed)
+        """The optimum by the table's losses, or by other estimates of them."""
+        problem, names = self._problem(allowed, losses)
         outside = self._outside()
         inner = {name: limit - outside[name] for name, limit in limits.items()}
         chosen = solve(problem, minimize, inner)
