@@ -24,7 +24,6 @@ CONFIG = LlamaConfig(
     num_attention_heads=64,
     num_key_value_heads=8,
     vocab_size=128256,
-    dtype=torch.bfloat16,
 )
 ALGORITHMS = {
     "RTN": hb.algorithms.RTN(),
@@ -42,7 +41,7 @@ def row(plan: hb.Plan, work: Work) -> dict[str, object]:
 def large(tokens: int) -> dict[str, dict[str, object]]:
     """Predictions for the large model."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(CONFIG)
+        model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     rows: dict[str, dict[str, object]] = {}
     for name, algorithm in ALGORITHMS.items():
         count = tokens if name.startswith("GPTQ") else 0

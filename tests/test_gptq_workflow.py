@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from block_models import data, make
+from block_models import Model, data, make
 from torch import Tensor, nn
 
 import halfbyte as hb
@@ -302,6 +302,39 @@ def test_a_layer_that_never_runs_is_named() -> None:
     with pytest.raises(hb.QuantizationError, match=r"layers\.1\.extra never ran"):
         quantize(model, hb.GPTQ())
     assert_untouched(model, before)
+
+
+def test_a_block_that_never_runs_is_named() -> None:
+    class Skipping(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            for layer in self.layers[:2]:  # type: ignore[index]
+                x = layer(x, torch.tensor(0.5))[0]
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Skipping()
+    before = snapshot(model)
+    with pytest.raises(hb.QuantizationError, match=r"layers\.2\.\w+ never ran on the data"):
+        quantize(model, hb.GPTQ())
+    assert_untouched(model, before)
+
+
+def test_sequences_of_unequal_length_count_by_token() -> None:
+    tokens = torch.randint(0, 50, (12, 30), generator=torch.Generator().manual_seed(0))
+    pieces = [tokens, [tokens[:3], tokens[3:, :17], tokens[3:, 17:]]]
+    seen: list[list[Tensor]] = [[], []]
+    for hessians, batches in zip(seen, ([pieces[0]], pieces[1]), strict=True):
+
+        def round_layer(name: str, layer: nn.Linear, inputs: InputHessian, into: list[Tensor] = hessians) -> Tensor:
+            assert inputs.tokens == tokens.numel()
+            into.append(inputs.matrix())
+            return layer.weight * 0.9
+
+        names = [name for name, module in make().named_modules() if isinstance(module, nn.Linear)]
+        round_in_order(make(), names, batches, round_layer, drift=True, progress=False)  # type: ignore[arg-type]
+    for together, apart in zip(*seen, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-7)  # float32 sums in another order
 
 
 def test_interrupt_leaves_the_model_as_it_was() -> None:

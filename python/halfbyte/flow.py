@@ -152,6 +152,10 @@ class Flow:
         """What a block returns, with these hidden states."""
         return (hidden, *self.template[1:]) if isinstance(self.template, tuple) else hidden
 
+    def hand_on(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
+        """Forward of a block that returns what it gets."""
+        return self.output(hidden.clone())
+
 
 def hidden_of(output: object) -> Tensor:
     """The hidden states that a block returned."""
@@ -279,13 +283,10 @@ def _run_blocks(
 def _hand_on(model: nn.Module, names: Sequence[str], flow: Flow) -> Callable[[], None]:
     """Lets every block return what it gets, and the last one end the run; what it returns undoes that."""
 
-    def hand_on(hidden: Tensor, *args: object, **kwargs: object) -> object:
-        return flow.output(hidden.clone())
-
     def end(hidden: Tensor, *args: object, **kwargs: object) -> object:
         raise BlocksDone
 
-    return replace_forward(model, dict.fromkeys(names[:-1], hand_on) | {names[-1]: end})
+    return replace_forward(model, dict.fromkeys(names[:-1], flow.hand_on) | {names[-1]: end})
 
 
 def replace_forward(model: nn.Module, forwards: Mapping[str, Callable[..., object]]) -> Callable[[], None]:

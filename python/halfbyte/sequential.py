@@ -362,9 +362,6 @@ def _round_outside(
     hidden: Tensor | None = None
     of_float = False
 
-    def hand_on(hidden: Tensor, *args: object, **kwargs: object) -> object:
-        return flow.output(hidden.clone())
-
     def end(*args: object, **kwargs: object) -> object:
         assert hidden is not None
         return flow.output(hidden)
@@ -380,7 +377,7 @@ def _round_outside(
             inputs[name].update_drift(args[0], expected[name].pop(0))
 
     with ExitStack() as hooks:
-        hooks.callback(replace_forward(model, dict.fromkeys(blocks[:-1], hand_on) | {blocks[-1]: end}))
+        hooks.callback(replace_forward(model, dict.fromkeys(blocks[:-1], flow.hand_on) | {blocks[-1]: end}))
         for name in names:
             hook = functools.partial(record, name)
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)

@@ -30,7 +30,7 @@ class Rates:
     """Seconds of one unit of work on this machine, with the threads that torch has.
 
     Attributes:
-        product: A float32 multiplication and addition of a matrix product.
+        product: A multiplication and addition of a matrix product, in the dtype of the model.
         hessian: One of `N * I^2` in a Hessian; `drift` in a drift.
         solve: One of `O * I^2` in choosing the integers of a layer from its Hessian, the factor included.
         search: One weight in choosing integers without a Hessian.
@@ -43,13 +43,14 @@ class Rates:
     search: float
 
 
-def measure_rates(rounding: Rounding, weight_format: PackedFormat) -> Rates:
+def measure_rates(rounding: Rounding, weight_format: PackedFormat, dtype: torch.dtype = torch.float32) -> Rates:
     """Runs each kind of work once on a small layer, after a shorter run that loads what it needs."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * _SIZE, _SIZE, generator=generator)
     weight = torch.randn(_SIZE, _SIZE, generator=generator)
     tiles, cross = ops.hessian_tiles(_SIZE), torch.zeros(_SIZE, _SIZE, dtype=torch.float64)
-    product = _seconds(lambda: x @ weight) / (2 * _SIZE**3)
+    given, matrix = x.to(dtype), weight.to(dtype)
+    product = _seconds(lambda: nn.functional.linear(given, matrix)) / (2 * _SIZE**3)
     hessian = _seconds(lambda: ops.hessian_update_(tiles, x)) / (2 * _SIZE**3)
     drift = _seconds(lambda: ops.cross_hessian_update_(cross, x, x)) / (2 * _SIZE**3)
     if isinstance(rounding, HessianRounding):
@@ -91,7 +92,7 @@ def predict(model: nn.Module, made: Plan, algorithms: Sequence[object], tokens: 
     weight_format = next(f for f in formats if not isinstance(f, FloatFormat))
     last = algorithms[-1] if algorithms else None
     rounding = last if isinstance(last, Rounding) else default_rounding(weight_format)
-    rates = measure_rates(rounding, _fitting(weight_format))
+    rates = measure_rates(rounding, _fitting(weight_format), next(model.parameters()).dtype)
     linear = [row for row in packed if not isinstance(model.get_submodule(row.name), nn.Embedding)]
     blocks = find_blocks(model, [row.name for row in linear])
     if not isinstance(rounding, HessianRounding):
