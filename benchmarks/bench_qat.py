@@ -170,7 +170,7 @@ def main() -> None:
         else:
             rows += measure("novels5M", llama.load_float(root, "novels5M"), text_step, None, arguments.seconds)
     if arguments.json is not None:
-        output.merge_json(arguments.json, "steps", rows)
+        output.merge_json(arguments.json, "steps", {f"{row['model']}, {row['step']}": row for row in rows})
 
 
 if __name__ == "__main__":

@@ -44,12 +44,19 @@ def pair(scheme: hb.Scheme, **methods: str) -> tuple[nn.Module, nn.Module, list[
 
 
 def error(model: nn.Module, teacher: nn.Module, batches: list[Tensor], by: str) -> float:
-    """Of the outputs, or of what the last block returns."""
+    """KL divergence of the outputs, or squared error of what the last block returns."""
     model.eval()
     teacher.eval()
-    run = (lambda m, x: m(x)) if by == "outputs" else (lambda m, x: nn.Sequential(*map(First, m.blocks))(x))
+    total = 0.0
     with torch.no_grad():
-        return sum((run(model, x) - run(teacher, x)).square().mean().item() for x in batches)
+        for x in batches:
+            if by == "outputs":
+                given, target = (torch.log_softmax(m(x), -1) for m in (model, teacher))
+                total += nn.functional.kl_div(given, target, log_target=True, reduction="batchmean").item()
+            else:
+                given, target = (nn.Sequential(*map(First, m.blocks))(x) for m in (model, teacher))
+                total += (given - target).square().mean().item()
+    return total
 
 
 class First(nn.Module):

@@ -191,7 +191,8 @@ def _clipped(x: Tensor, low: Tensor, high: Tensor, f: IntFormat) -> tuple[Tensor
     scale, zero_point = qparams_of_range(low * parts, high * parts, qmin=f.qmin, qmax=f.qmax, symmetric=f.symmetric)
     options = {"qmin": f.qmin, "qmax": f.qmax, "axis": 0}
     rounded = functional.fake_quantize(sample.expand(_PARTS, -1), scale, zero_point, **options)
-    best = parts[all_reduced_mean((rounded - sample).square().mean(1)).argmin()]
+    at = all_reduced_mean((rounded - sample).square().mean(1)).argmin(0, keepdim=True)
+    best = parts.gather(0, at).squeeze(0)  # a compiled graph cannot index by what it computes
     return low * best, high * best
 
 
