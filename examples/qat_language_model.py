@@ -39,6 +39,7 @@ SCHEMES = {
 }
 # Fewer bits, longer steps: weights have further to go to the next integer.
 LEARNING_RATES = {"4 bits": 5e-5, "3 bits": 2e-4}
+SCALE_RATE = 1e-3  # a part of the scale
 
 
 def distill(student: nn.Module, teacher: nn.Module, data: Sequence[Tensor], *, rate: float) -> None:
