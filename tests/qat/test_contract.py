@@ -93,6 +93,21 @@ def test_folded_batch_norm_evaluates_as_converted(
     assert isinstance(model[1], hb.nn.FoldedBatchNorm)
 
 
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic", "w4a4_static"])
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+def test_empty_batches_pass(layer: str, scheme: str) -> None:
+    make, shape = LAYERS[layer]
+    model = nn.Sequential(make())
+    hb.prepare_qat_(model, SCHEMES[scheme])
+    train(model, [randn(*shape)])
+    empty = torch.zeros(0, *shape[1:])
+    model.train()
+    training = model(empty)
+    training.sum().backward()
+    assert training.shape[0] == 0
+    assert_converts_to_the_same(model, (empty,))
+
+
 def test_tied_table_and_head_keep_one_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(40, 48), nn.Linear(48, 48), nn.Linear(48, 40, bias=False))

@@ -72,12 +72,12 @@ class MemoryOrder:
             if not x.permute(order).is_contiguous() or (per_sample and order[0] != 0):
                 order = tuple(range(x.dim()))
         self._order, self._shape = order, [x.shape[d] for d in order]
-        self._flat = (x.shape[0], -1) if per_sample else None
-        self.group_size = x.numel() // max(x.shape[0], 1) if per_sample else group_size
+        self._per_sample = per_sample
+        self.group_size = x.flatten(1).shape[1] if per_sample else group_size
 
     def view(self, x: Tensor) -> Tensor:
         x = x.permute(self._order)
-        return x if self._flat is None else x.reshape(self._flat)
+        return x.flatten(1) if self._per_sample else x
 
     def restore(self, dense: Tensor) -> Tensor:
         return dense.reshape(self._shape).permute([self._order.index(d) for d in range(len(self._order))])

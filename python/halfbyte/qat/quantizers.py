@@ -140,7 +140,7 @@ class DynamicActivation(nn.Module):
     def fake(self, x: Tensor) -> FakeQuantize:
         """See `ActivationQuantizer`."""
         with torch.no_grad():
-            flat = x.detach().reshape(x.shape[0], -1) if self._per_sample else x.detach()
+            flat = x.detach().flatten(1) if self._per_sample else x.detach()
             low, high = ops.observe_minmax(flat, group_size=flat.shape[-1])
             if self.format.symmetric:
                 scale = torch.clamp(torch.maximum(-low, high) / self.format.qmax, min=_TINY)
