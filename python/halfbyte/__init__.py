@@ -32,7 +32,8 @@ from halfbyte.fusion import FusionReport, fuse_
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
 from halfbyte.parts import register_module
-from halfbyte.plan import Plan, PlanRow, Work, plan
+from halfbyte.plan import Plan, PlanRow, Work
+from halfbyte.planning import plan
 from halfbyte.qat.prepare import prepare_qat_
 from halfbyte.recipe import Recipe
 from halfbyte.report import ModuleReport, Report
@@ -56,7 +57,8 @@ from halfbyte.schemes import (
 )
 from halfbyte.search import Allocation, SensitivityTable, measure_sensitivity
 from halfbyte.streaming import quantize_checkpoint, without_weights
-from halfbyte.verify import VerifyReport, verify
+from halfbyte.verification import VerifyReport
+from halfbyte.verify import verify
 from halfbyte.workflow import calibrate, convert_, prepare_, quantize_
 
 __all__ = [

@@ -12,7 +12,7 @@ from halfbyte.errors import QuantizationError
 from halfbyte.nn import HalfConv, QuantizedConv, QuantizedEmbedding, QuantizedModule
 from halfbyte.nn.packed_weight import PANEL
 from halfbyte.ops.packing import unit_inputs
-from halfbyte.plan import kernel_name
+from halfbyte.planning import kernel_name
 from halfbyte.table import Table, fold_by_name, format_bytes
 from halfbyte.targets import is_converted
 

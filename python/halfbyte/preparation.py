@@ -36,7 +36,8 @@ from halfbyte.hessian import InputHessian, hessian_bytes
 from halfbyte.memory import Budget, MemorySize, conversion_budget
 from halfbyte.nn.packed_weight import packed_bytes
 from halfbyte.parts import ModelInParts
-from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.plan import Plan, PlanRow
+from halfbyte.planning import plan
 from halfbyte.processes import Processes
 from halfbyte.recipe import Recipe
 from halfbyte.schemes import Scheme

@@ -12,7 +12,8 @@ from halfbyte.fallback import Fallback, OnFallback, announce
 from halfbyte.formats import FloatFormat
 from halfbyte.fusion import find_batch_norms
 from halfbyte.parts import ModelInParts
-from halfbyte.plan import Plan, PlanRow, plan
+from halfbyte.plan import Plan, PlanRow
+from halfbyte.planning import plan
 from halfbyte.preparation import with_checked_weights
 from halfbyte.qat.batchnorm import QATBatchNorm
 from halfbyte.qat.modules import QATModule, qat_type

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from halfbyte.errors import QuantizationError
-from halfbyte.plan import Plan, plan
+from halfbyte.plan import Plan
+from halfbyte.planning import plan
 from halfbyte.recipe import Recipe, matches
 from halfbyte.schemes import Scheme
 
