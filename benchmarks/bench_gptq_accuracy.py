@@ -44,9 +44,6 @@ FORMATS = {
 FORMATS |= {
     "4 bits symmetric, group 64": _recipe(hb.int_weight_only(4, 64, symmetric=True)),
     "3 bits, v_proj 4 bits, group 64": _recipe(hb.int_weight_only(3, 64), {"*.v_proj": hb.int_weight_only(4, 64)}),
-    "3 bits, group 64, v_proj 4 bits, group 32": _recipe(
-        hb.int_weight_only(3, 64), {"*.v_proj": hb.int_weight_only(4, 32)}
-    ),
     "2 bits, down_proj 3 bits, group 64": _recipe(
         hb.int_weight_only(2, 64), {"*.down_proj": hb.int_weight_only(3, 64)}
     ),
