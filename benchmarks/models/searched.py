@@ -57,7 +57,15 @@ def _language_model(root: Path, name: str) -> Case:
 def _classifier(root: Path, name: str) -> Case:
     large = name == "Tiny-Darknet"  # a hundred times the operations of the others
     evaluated, batch = (400, 5) if large else (1000, 100)
+    widths = (8, 6, 4, 3, 2)
     if name == "ResNet-20":
+        widths = (
+            8,
+            6,
+            5,
+            4,
+            3,
+        )  # at 2 bits an output channel it guesses; between 4 and 6 lies most of what it can give up
         # Its calibration images are training images, on which it is so sure that errors hardly show: KL is a tenth.
         data = vision.load_data(root, name, calibration=0, images=evaluated + 200)
         measuring, images, labels = data.images[evaluated:], data.images[:evaluated], data.labels[:evaluated]
@@ -66,7 +74,7 @@ def _classifier(root: Path, name: str) -> Case:
         measuring, images, labels = data.calibration, data.images, data.labels
     return Case(
         model=vision.load_float(root, name),
-        schemes=[hb.int_weight_only(bits) for bits in (8, 6, 4, 3, 2)],
+        schemes=[hb.int_weight_only(bits) for bits in widths],
         measuring=list(measuring.split(batch)),
         log_probs=lambda model: vision.logits(model, images, batch=batch).log_softmax(-1),
         timed=images[:1],
