@@ -11,7 +11,9 @@ from halfbyte.errors import QuantizationError
 from halfbyte.plan import Plan
 from halfbyte.table import format_bytes
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has both
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+_M_MMAP_THRESHOLD = -3  # malloc.h
 MemorySize: TypeAlias = int | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -38,6 +40,16 @@ def parse_bytes(size: MemorySize) -> int:
     if number <= 0:
         raise ValueError(f"{size!r} is not a positive size")
     return int(number * _UNITS[unit])
+
+
+def keep_large_tensors_apart() -> None:
+    """From now on tensors of 256 KB and more get memory of their own, which goes back to the system with them.
+
+    glibc would take them from one heap as soon as one of their size was freed, and holes between them would add up. It holds
+    for the whole process, and stays.
+    """
+    if _mallopt is not None:
+        _mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
 def return_free_memory() -> None:

@@ -33,7 +33,7 @@ from halfbyte.flow import (
     replace_forward,
 )
 from halfbyte.hessian import InputHessian
-from halfbyte.memory import return_free_memory
+from halfbyte.memory import keep_large_tensors_apart, return_free_memory
 from halfbyte.processes import Processes, together
 from halfbyte.progress import track
 from halfbyte.staging import TensorStore
@@ -101,6 +101,8 @@ def round_in_order(
     resources = resources or Resources()
     source = resources.blocks or BlocksInMemory(model)
     room = None if resources.memory is None else resources.memory // 2
+    if resources.memory is not None:
+        keep_large_tensors_apart()
     blocks = find_blocks(model, names)
     with (
         evaluating(model),
