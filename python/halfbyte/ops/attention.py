@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
+from halfbyte.ops.autograd import refuse_gradient
 
 __all__ = ["attention_scores_int8", "attention_values_int8"]
 
@@ -82,17 +82,11 @@ def _values_fake(weights: Tensor, value: Tensor) -> Tensor:
     return weights.new_empty((*weights.shape[:-1], value.shape[2]))
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    pass
-
-
-def _no_gradient(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-    raise NotImplementedError(
-        "INT8 attention scores and values have no gradient; leave them in float where gradients must pass: give the scheme "
-        "without hb.int8_attention"
-    )
-
+_NO_GRADIENT = (
+    "INT8 attention scores and values have no gradient; leave them in float where gradients must pass: give the scheme "
+    "without hb.int8_attention"
+)
 
 for _name, _fake in (("scores", _scores_fake), ("values", _values_fake)):
     torch.library.register_fake(f"halfbyte::attention_{_name}_int8", _fake)
-    torch.library.register_autograd(f"halfbyte::attention_{_name}_int8", _no_gradient, setup_context=_setup_context)
+    refuse_gradient(f"attention_{_name}_int8", _NO_GRADIENT)

@@ -1,11 +1,13 @@
-"""Calls of operators that need no gradient, without the detour through Python that looks whether they do."""
+"""Gradients of operators, and calls past the dispatcher's Python autograd kernels, which take many times longer a call."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 _NOTHING = nullcontext()
 
@@ -21,3 +23,79 @@ def skipped_autograd(*tensors: Tensor | None) -> AbstractContextManager[object]:
         return _NOTHING
     guard: AbstractContextManager[object] = torch._C._AutoDispatchBelowAutograd()
     return guard
+
+
+def refuse_gradient(operator: str, why: str) -> None:
+    """Makes differentiating `halfbyte::{operator}` raise `why`."""
+
+    def nothing_saved(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+        pass
+
+    def refuse(ctx: FunctionCtx, *grads: Tensor | None) -> None:
+        raise NotImplementedError(why)
+
+    torch.library.register_autograd(f"halfbyte::{operator}", refuse, setup_context=nothing_saved)
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """The same for `halfbyte::{operator}_backward`, a straight-through estimator."""
+
+    def refuse(ctx: FunctionCtx, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{operator} has no second derivative: its gradient is the straight-through estimator; "
+            "do not differentiate through a backward pass (create_graph=True) that contains it"
+        )
+
+    torch.library.register_autograd(f"halfbyte::{operator}_backward", refuse)
+
+
+def with_gradients(operator: str, *, saved: int) -> Callable[..., Tensor]:
+    """Gives `halfbyte::{operator}` the gradients of `halfbyte::{operator}_backward(grad, *arguments)`.
+
+    Args:
+        operator: Both take the same arguments; the second returns the gradients of the first few.
+        saved: How many leading arguments are tensors. They are all that is kept for the backward pass.
+
+    Returns:
+        What calls the operator.
+    """
+    forward = getattr(torch.ops.halfbyte, operator).default
+    backward = getattr(torch.ops.halfbyte, f"{operator}_backward").default
+
+    def save(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:saved])  # type: ignore[arg-type]  # inputs are typed as objects
+        ctx.options = inputs[saved:]  # type: ignore[attr-defined]  # a context takes any attribute
+
+    def gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
+        options: tuple[object, ...] = ctx.options  # type: ignore[attr-defined]
+        found: tuple[Tensor, ...] = backward(grad, *tensors, *options)
+        return (*found, *(None for _ in range(saved + len(options) - len(found))))
+
+    torch.library.register_autograd(f"halfbyte::{operator}", gradients, setup_context=save)
+    refuse_second_derivative(operator)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: FunctionCtx, *arguments: object) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                y: Tensor = forward(*arguments)
+            save(ctx, arguments, y)
+            return y
+
+        @staticmethod
+        def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second derivative
+                return gradients(ctx, grad)
+            with torch._C._AutoDispatchBelowAutograd():
+                return gradients(ctx, grad)
+
+    def call(*arguments: object) -> Tensor:
+        trains = torch.is_grad_enabled() and any(
+            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments[:saved]
+        )
+        function = Eager.apply if trains and not torch.compiler.is_compiling() else forward
+        y: Tensor = function(*arguments)
+        return y
+
+    return call

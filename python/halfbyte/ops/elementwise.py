@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
+from halfbyte.ops.autograd import refuse_second_derivative
 from halfbyte.ops.checks import (
     FLOAT_DTYPES,
     check_bits,
@@ -435,15 +436,8 @@ def _straight_through(ctx: FunctionCtx, grad: Tensor, grad_mask: None) -> tuple[
     return _fake_quantize_backward(grad, mask), None, None, None, None, None, None
 
 
-def _no_double_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, None]:
-    raise RuntimeError(
-        "fake_quantize has no second derivative: its gradient is the straight-through estimator; "
-        "do not differentiate through a backward pass (create_graph=True) that contains it"
-    )
-
-
 torch.library.register_autograd("halfbyte::fake_quantize_train", _straight_through, setup_context=_save_mask)
-torch.library.register_autograd("halfbyte::fake_quantize_backward", _no_double_backward)
+refuse_second_derivative("fake_quantize")
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -6,10 +6,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
-from halfbyte.ops.autograd import skipped_autograd
+from halfbyte.ops.autograd import refuse_gradient, skipped_autograd
 from halfbyte.ops.checks import FLOAT_DTYPES, check_bits, check_codebook, check_codes, check_group_size
 
 __all__ = ["BagMode", "embedding_bag_weight_only"]
@@ -188,16 +187,10 @@ def _embedding_bag_weight_only_fake(
     return qweight.new_empty((bags, embedding_dim), dtype=dtype)
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    pass
-
-
-def _no_gradient(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-    raise NotImplementedError(
-        "quantized tables have no gradient, and neither have per_sample_weights with them; leave the bag in float where "
-        "gradients must pass, with hb.Recipe(..., overrides={nn.EmbeddingBag: None})"
-    )
-
+_NO_GRADIENT = (
+    "quantized tables have no gradient, and neither have per_sample_weights with them; leave the bag in float where "
+    "gradients must pass, with hb.Recipe(..., overrides={nn.EmbeddingBag: None})"
+)
 
 torch.library.register_fake("halfbyte::embedding_bag_weight_only", _embedding_bag_weight_only_fake)
-torch.library.register_autograd("halfbyte::embedding_bag_weight_only", _no_gradient, setup_context=_setup_context)
+refuse_gradient("embedding_bag_weight_only", _NO_GRADIENT)

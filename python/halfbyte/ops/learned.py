@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from halfbyte import _extension  # registers torch.ops.halfbyte
+from halfbyte.ops.autograd import with_gradients
 from halfbyte.ops.checks import check_float, check_gradient, check_range, qparams_shape
 
 __all__ = ["Estimator", "fake_quantize_learned", "fake_quantize_learned_gradients"]
@@ -23,7 +23,6 @@ _ESTIMATORS: tuple[str, ...] = get_args(Estimator)  # in the order of Estimator 
 
 _extension.check_extension()
 
-_fake_quantize_learned = torch.ops.halfbyte.fake_quantize_learned.default
 _fake_quantize_learned_backward = torch.ops.halfbyte.fake_quantize_learned_backward.default
 
 
@@ -82,10 +81,7 @@ def fake_quantize_learned(
         tensor(-1.2000)
     """
     arguments = _arguments(x, scale, zero_point, qmin, qmax, axis, group_size, estimator, grad_factor)
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, scale, zero_point))
-    function = _Learned.apply if trains and not torch.compiler.is_compiling() else _fake_quantize_learned
-    y: Tensor = function(*arguments)  # type: ignore[no-untyped-call]
-    return y
+    return _fake_quantize_learned(*arguments)
 
 
 def fake_quantize_learned_gradients(
@@ -198,45 +194,4 @@ def _fake_quantize_learned_backward_fake(
 
 torch.library.register_fake("halfbyte::fake_quantize_learned", _fake_quantize_learned_fake)
 torch.library.register_fake("halfbyte::fake_quantize_learned_backward", _fake_quantize_learned_backward_fake)
-
-
-def _save_inputs(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, scale, zero_point, *options = inputs
-    ctx.save_for_backward(x, scale, zero_point)  # type: ignore[arg-type]  # inputs are typed as objects
-    ctx.options = options  # type: ignore[attr-defined]  # a context takes any attribute
-
-
-def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
-    options: list[object] = ctx.options  # type: ignore[attr-defined]
-    gradients = _fake_quantize_learned_backward(grad, *saved, *options)
-    return (*gradients, *(None for _ in options))
-
-
-def _no_double_backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "fake_quantize_learned has no second derivative: its gradient is the straight-through estimator; "
-        "do not differentiate through a backward pass (create_graph=True) that contains it"
-    )
-
-
-torch.library.register_autograd("halfbyte::fake_quantize_learned", _gradients, setup_context=_save_inputs)
-torch.library.register_autograd("halfbyte::fake_quantize_learned_backward", _no_double_backward)
-
-
-class _Learned(torch.autograd.Function):
-    """The same for eager mode, past the dispatcher's Python autograd kernels, which take many times longer a call."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *args: object) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = _fake_quantize_learned(*args)
-        _save_inputs(ctx, args, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second derivative
-            return _gradients(ctx, grad)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _gradients(ctx, grad)
+_fake_quantize_learned = with_gradients("fake_quantize_learned", saved=3)

@@ -12,10 +12,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from halfbyte import _extension  # registers torch.ops.halfbyte
 from halfbyte.formats import CODEBOOK_ENTRIES
+from halfbyte.ops.autograd import with_gradients
 from halfbyte.ops.checks import check_float, check_gradient, qparams_shape
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
 
 _extension.check_extension()
 
-_fake_quantize_codebook = torch.ops.halfbyte.fake_quantize_codebook.default
 _fake_quantize_codebook_backward = torch.ops.halfbyte.fake_quantize_codebook_backward.default
 
 
@@ -73,7 +72,7 @@ def fake_quantize_codebook(
         >>> scale.grad  # (0.25 - 0.3) + (-0.25 + 0.1) + (0.75 - 0.9) - 0.75
         tensor([[-1.1000]])
     """
-    return _apply(x, scale, _codebook(x, scale, values, group_size, clip, grad_factor))
+    return _fake_quantize_codebook(*_codebook(x, scale, values, group_size, clip, grad_factor))
 
 
 def fake_quantize_codebook_gradients(
@@ -134,7 +133,7 @@ def fake_quantize_binary(
         >>> hb.ops.fake_quantize_binary(torch.tensor([0.3, -0.1, 0.0]), torch.tensor([0.5]), group_size=3)
         tensor([ 0.5000, -0.5000,  0.5000])
     """
-    return _apply(x, scale, _binary(x, scale, group_size, clip, grad_factor))
+    return _fake_quantize_codebook(*_binary(x, scale, group_size, clip, grad_factor))
 
 
 def fake_quantize_binary_gradients(
@@ -192,13 +191,6 @@ def _arguments(
     return x, scale.float(), values, group_size, binary, low, high, grad_factor
 
 
-def _apply(x: Tensor, scale: Tensor, arguments: tuple[object, ...]) -> Tensor:
-    trains = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
-    function = _Codebook.apply if trains and not torch.compiler.is_compiling() else _fake_quantize_codebook
-    y: Tensor = function(*arguments)  # type: ignore[no-untyped-call]
-    return y
-
-
 # Fake kernels: shapes and dtypes of the results, contiguous like the real ones.
 
 
@@ -231,45 +223,4 @@ def _fake_quantize_codebook_backward_fake(
 
 torch.library.register_fake("halfbyte::fake_quantize_codebook", _fake_quantize_codebook_fake)
 torch.library.register_fake("halfbyte::fake_quantize_codebook_backward", _fake_quantize_codebook_backward_fake)
-
-
-def _save_inputs(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, scale, values, *options = inputs
-    ctx.save_for_backward(x, scale, values)  # type: ignore[arg-type]  # inputs are typed as objects
-    ctx.options = options  # type: ignore[attr-defined]  # a context takes any attribute
-
-
-def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
-    options: list[object] = ctx.options  # type: ignore[attr-defined]
-    gradients = _fake_quantize_codebook_backward(grad, *saved, *options)
-    return (*gradients, None, *(None for _ in options))
-
-
-def _no_double_backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "fake_quantize_codebook has no second derivative: its gradient is the straight-through estimator; "
-        "do not differentiate through a backward pass (create_graph=True) that contains it"
-    )
-
-
-torch.library.register_autograd("halfbyte::fake_quantize_codebook", _gradients, setup_context=_save_inputs)
-torch.library.register_autograd("halfbyte::fake_quantize_codebook_backward", _no_double_backward)
-
-
-class _Codebook(torch.autograd.Function):
-    """The same for eager mode, past the dispatcher's Python autograd kernels, which take many times longer a call."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *args: object) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = _fake_quantize_codebook(*args)
-        _save_inputs(ctx, args, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second derivative
-            return _gradients(ctx, grad)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _gradients(ctx, grad)
+_fake_quantize_codebook = with_gradients("fake_quantize_codebook", saved=3)

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 import halfbyte._extension  # noqa: F401  # registers torch.ops.halfbyte
+from halfbyte.ops.autograd import refuse_gradient
 from halfbyte.ops.checks import check_bits, check_codebook, check_float
 
 __all__ = ["Cell", "Projection", "recurrent", "recurrent_cell"]
@@ -199,18 +199,12 @@ def _recurrent_cell_fake(x_gates: Tensor, h_gates: Tensor, state: Tensor | None,
     return h, x_gates.new_empty(h.shape if cell == _INDEX["lstm"] else (0,))
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _no_gradient(ctx: FunctionCtx, *grads: Tensor | None) -> Tensor:
-    raise NotImplementedError(
-        "quantized recurrent layers have no gradient; leave them in float where gradients must pass, with "
-        "hb.Recipe(..., overrides={nn.LSTM: None})"
-    )
-
+_NO_GRADIENT = (
+    "quantized recurrent layers have no gradient; leave them in float where gradients must pass, with "
+    "hb.Recipe(..., overrides={nn.LSTM: None})"
+)
 
 torch.library.register_fake("halfbyte::recurrent", _recurrent_fake)
 torch.library.register_fake("halfbyte::recurrent_cell", _recurrent_cell_fake)
-torch.library.register_autograd("halfbyte::recurrent", _no_gradient, setup_context=_setup_context)
-torch.library.register_autograd("halfbyte::recurrent_cell", _no_gradient, setup_context=_setup_context)
+refuse_gradient("recurrent", _NO_GRADIENT)
+refuse_gradient("recurrent_cell", _NO_GRADIENT)
