@@ -73,6 +73,9 @@ def test_a_state_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         hb.quantize_(make(1), RECIPE, data=data(1), algorithms=[hb.GPTQ()], progress=False, state_folder=state)
     with pytest.raises(hb.QuantizationError, match="is no state folder"):
         saved(tmp_path / "out", hb.GPTQ(), state_folder=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(hb.QuantizationError, match="is a file, and no state folder"):
+        saved(tmp_path / "out", hb.GPTQ(), state_folder=tmp_path / "file")
     with pytest.raises(hb.QuantizationError, match="block by block"):
         hb.quantize_(make(), RECIPE, progress=False, state_folder=state)
 

@@ -120,6 +120,12 @@ def test_what_is_refused_up_front(tmp_path: Path) -> None:
     call("has shape", Model(width=16))
     call(r"layers\.3\.norm\.weight .* is not in the checkpoint", Model(blocks=4).to("meta"))
     call("does not exist", out="no/where")
+    before = (tmp_path / "model-0.safetensors").read_bytes()
+    call("would be overwritten", out="model-0.safetensors")
+    assert (tmp_path / "model-0.safetensors").read_bytes() == before
+    for index in ("{", "[]", '{"weight_map": 3}'):
+        (tmp_path / "other.safetensors.index.json").write_text(index)
+        call("is no index of shards", source=tmp_path / "other.safetensors.index.json")
     (tmp_path / "model-1.safetensors").unlink()
     call("names 'model-1.safetensors', which is not there")
 

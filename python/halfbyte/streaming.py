@@ -72,7 +72,8 @@ def quantize_checkpoint(
         The report.
 
     Raises:
-        QuantizationError: as `quantize_`; a model without repeated blocks, or whose blocks do not simply feed one another.
+        QuantizationError: as `quantize_`; a model without repeated blocks, or whose blocks do not simply feed one another;
+            `path` is a file of the checkpoint.
         FileFormatError: the checkpoint lacks a tensor, or has it in another shape; names it.
         OSError: a file cannot be written (disk full); finished blocks are kept.
 
@@ -93,6 +94,8 @@ def quantize_checkpoint(
     if not Path(path).resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
     source = Checkpoint(checkpoint)
+    if Path(path).resolve() in {file.resolve() for file in source.files}:
+        raise QuantizationError(f"{path} is one of the files to read, and would be overwritten; name another file")
     model = copy.deepcopy(skeleton)
     blocks = find_blocks(model, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     if not blocks:

@@ -83,8 +83,10 @@ def _files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
         path = path / _INDEX
     if path.suffix != ".json":
         return [path]
-    index = json.loads(path.read_text(encoding="utf-8"))
-    names = sorted(set(index["weight_map"].values()))
+    try:
+        names = sorted({str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f'{path} is no index of shards, {{"weight_map": {{...}}}} ({error!r})') from error
     missing = [name for name in names if not (path.parent / name).exists()]
     if missing:
         raise FileFormatError(f"{path} names {missing[0]!r}, which is not there; get all shards")

@@ -40,6 +40,8 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, str]) -> None:
         self.folder = folder
         described = {"halfbyte_version": __version__, **run}
+        if folder.exists() and not folder.is_dir():
+            raise QuantizationError(f"{folder} is a file, and no state folder; name another one")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
         if path.exists():
