@@ -19,11 +19,11 @@ class Fallback:
 
     Attributes:
         module: Qualified name of the module.
-        kind: `activation` (symmetric codes, where a layer has no others), `batch_norm` (not folded in training), `bias` (none
-            to correct), `damping` (more of it, since a Hessian could not be factored), `group_size` (a smaller one that
-            divides), `scale_dtype` (float32, since 16 bits would not hold the scales), `tied_weights` (a shared table stored
-            twice, since its users got different formats) or `transform` (one that found no place, or was undone since it
-            changed the float model).
+        kind: `activation` (symmetric codes, where a layer has no others), `batch_norm` (not folded in training, or never run
+            before it), `bias` (none to correct), `damping` (more of it, since a Hessian could not be factored), `group_size`
+            (a smaller one that divides), `scale_dtype` (float32, since 16 bits would not hold the scales), `tied_weights` (a
+            shared table stored twice, since its users got different formats) or `transform` (one that found no place, or was
+            undone since it changed the float model).
         message: What was asked, what is done instead, and why.
     """
 

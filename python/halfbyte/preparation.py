@@ -280,7 +280,9 @@ def _check_algorithms(
     in_order = [a for a in algorithms if not isinstance(a, BiasCorrection)]
     if roundings and roundings[0] is not in_order[-1]:
         raise ValueError(f"algorithms=[{names}]: {type(roundings[0]).__name__} chooses the integers and comes last")
-    return tuple(a for a in algorithms if isinstance(a, Transform)), corrections, tuple(roundings)
+    # A transform may be a rounding too (AWQ), and chooses the integers where it comes last.
+    last = tuple(a for a in in_order[-1:] if isinstance(a, Rounding))
+    return tuple(a for a in algorithms if isinstance(a, Transform)), corrections, last
 
 
 def _observed(module: nn.Module, row: PlanRow) -> bool:

@@ -125,7 +125,8 @@ def test_digits_classifier_trains_from_scratch(scheme: hb.Scheme, accuracy: floa
         nn.Flatten(),
         nn.Linear(512, 10),
     )
-    hb.prepare_qat_(model, scheme, images[:2], weights="learned", activations="learned")
+    with pytest.warns(hb.FallbackWarning, match="never ran: scales of weights are trained as 'lsq' does"):
+        hb.prepare_qat_(model, scheme, images[:2], weights="learned", activations="learned")
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model.train()
     for _ in range(6):

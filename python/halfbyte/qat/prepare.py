@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
-from halfbyte.formats import FloatFormat
+from halfbyte.formats import FloatFormat, IntFormat
 from halfbyte.fusion import find_batch_norms
 from halfbyte.parts import ModelInParts
 from halfbyte.plan import Plan, PlanRow
@@ -84,11 +84,15 @@ def prepare_qat_(
     if kept and example_inputs is not None:
         pairs, kept = find_batch_norms(model, example_inputs)
     made, pairs = _with_batch_norms(made, pairs, kept, traced=example_inputs is not None)
+    methods = {row.name: weights for row in made.targets}
+    if weights == "learned":
+        made, from_scratch = _from_scratch(model, made, pairs)
+        methods |= dict.fromkeys(from_scratch, "lsq")
     _check_embeddings(model, made)
     announce(made.fallbacks, on_fallback)
     undo = put_parts_in_place(model, made.taken_apart)
     try:
-        swaps = _new_modules(model, made, pairs, weights, activations)
+        swaps = _new_modules(model, made, pairs, methods, activations)
         state = QATState(plan=made, batch_norms=pairs, schedule=schedule)
     except BaseException:
         undo()
@@ -142,8 +146,32 @@ def _with_batch_norms(
     return Plan(rows=tuple(rows.values())), pairs
 
 
+def _from_scratch(model: nn.Module, made: Plan, pairs: Mapping[str, str]) -> tuple[Plan, list[str]]:
+    """Layers whose batch normalization never ran, with the fallback that says how their scales are trained.
+
+    Its running variance, and with it the weight that it is folded into, moves further in the first steps than a logarithm
+    that is trained at the rate of the weights can follow.
+    """
+    names, rows = [], []
+    for row in made.rows:
+        norm = model.get_submodule(pairs[row.name]) if row.name in pairs else None
+        steps = None if norm is None else norm.num_batches_tracked
+        weight_format = None if row.scheme is None else row.scheme.weight
+        if (
+            isinstance(steps, Tensor)
+            and int(steps) == 0
+            and isinstance(weight_format, IntFormat)
+            and weight_format.symmetric
+        ):
+            names.append(row.name)
+            message = "its batch normalization never ran: scales of weights are trained as 'lsq' does, not as 'learned'"
+            row = replace(row, fallbacks=(*row.fallbacks, Fallback(row.name, "batch_norm", message)))
+        rows.append(row)
+    return Plan(rows=tuple(rows)), names
+
+
 def _new_modules(
-    model: nn.Module, made: Plan, pairs: dict[str, str], weights: str, activations: str
+    model: nn.Module, made: Plan, pairs: dict[str, str], methods: Mapping[str, str], activations: str
 ) -> list[tuple[tuple[str, ...], nn.Module]]:
     """What takes the place of which names."""
     swaps: list[tuple[tuple[str, ...], nn.Module]] = []
@@ -160,7 +188,7 @@ def _new_modules(
         quantizer = quantizers.get(row.tied_to or "")
         made_here = quantizer is None
         if quantizer is None:
-            quantizer = weight_quantizer(row.scheme.weight, row.shape, weights)
+            quantizer = weight_quantizer(row.scheme.weight, row.shape, methods[row.name])
         quantizers[row.name] = quantizer
         module = qat_type(old).of(
             old, row.name, row.scheme, row.layout, quantizer, _input_quantizer(old, row, activations), norm
