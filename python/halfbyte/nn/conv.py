@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,43 +70,23 @@ class QuantizedConv(QuantizedModule):
     def _convolve(self, x: Tensor, geometry: ConvGeometry) -> Tensor:
         if geometry.padding_mode != "zeros":
             x, geometry = geometry.padded(x)
+        shared: dict[str, Any] = {
+            "out_channels": geometry.out_channels,
+            "kernel_size": geometry.kernel_size,
+            "stride": geometry.stride,
+            "padding": geometry.padding,
+            "dilation": geometry.dilation,
+            "groups": geometry.groups,
+            "transposed": geometry.transposed,
+            "output_padding": geometry.output_padding,
+            "bits": self.bits,
+            "group_size": self.group_size,
+        }
+        weight = (self.qweight, self.scale, self.zero_point, self.bias)
         if self.scheme.activation is None:
-            return ops.conv_weight_only(
-                x,
-                self.qweight,
-                self.scale,
-                self.zero_point,
-                self.bias,
-                out_channels=geometry.out_channels,
-                kernel_size=geometry.kernel_size,
-                stride=geometry.stride,
-                padding=geometry.padding,
-                dilation=geometry.dilation,
-                groups=geometry.groups,
-                transposed=geometry.transposed,
-                output_padding=geometry.output_padding,
-                bits=self.bits,
-                group_size=self.group_size,
-                codebook=self.codebook,
-            )
+            return ops.conv_weight_only(x, *weight, **shared, codebook=self.codebook)
         return ops.conv_int8(
-            self.clipped_input(x),
-            self.qweight,
-            self.scale,
-            self.zero_point,
-            self.bias,
-            out_channels=geometry.out_channels,
-            kernel_size=geometry.kernel_size,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            transposed=geometry.transposed,
-            output_padding=geometry.output_padding,
-            bits=self.bits,
-            group_size=self.group_size,
-            act_scale=self.act_scale,
-            act_zero_point=self.act_zero_point,
+            self.clipped_input(x), *weight, **shared, act_scale=self.act_scale, act_zero_point=self.act_zero_point
         )
 
     @property
