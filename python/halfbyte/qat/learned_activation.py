@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfbyte import functional, ops
-from halfbyte.errors import QuantizationError
 from halfbyte.formats import IntFormat
 from halfbyte.observers.observer import qparams_of_range
 from halfbyte.qat.functions import FakeQuantize
@@ -25,13 +24,13 @@ from halfbyte.qat.learned import (
     zero_point_of_offset,
     zero_point_of_part,
 )
-from halfbyte.qat.quantizer_base import all_reduced_range, in_memory_order, recomputing
+from halfbyte.qat.quantizer_base import StaticActivation, all_reduced_range, in_memory_order, recomputing
 
 _SAMPLE = 1 << 14  # elements at least, of the first batch
 _PARTS = 40
 
 
-class LearnedActivation(nn.Module):
+class LearnedActivation(StaticActivation, nn.Module):
     """One trained scale for all inputs and, of asymmetric formats, a trained zero point.
 
     "learned": `log_scale`, so that Adam's steps are relative to the scale, and `zero_part`, the part of the range below zero.
@@ -115,26 +114,6 @@ class LearnedActivation(nn.Module):
         if f.symmetric:
             return torch.maximum(-low, high) / f.qmax, torch.zeros_like(low)
         return (high - low) / (f.qmax - f.qmin), low
-
-    @property
-    def ready(self) -> bool:
-        """Whether a batch was seen."""
-        return bool(self.batches)
-
-    @torch.no_grad()
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """`act_scale` and `act_zero_point`, that of signed codes.
-
-        Raises:
-            QuantizationError: no batch was seen.
-        """
-        if not self.ready:
-            raise QuantizationError(
-                f"the range of {self.name} was never observed: run training batches that reach it, or leave the layer out"
-            )
-        scale, zero_point = self._current()
-        shift = 0 if self.format.symmetric else 1 << (self.format.bits - 1)
-        return scale, zero_point.to(torch.int32) - shift
 
     def extra_repr(self) -> str:
         """Format, for `print(model)`."""

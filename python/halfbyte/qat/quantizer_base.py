@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from halfbyte.formats import PackedFormat
+from halfbyte.errors import QuantizationError
+from halfbyte.formats import IntFormat, PackedFormat
 from halfbyte.nn.packed_weight import WeightCodes
 from halfbyte.qat.functions import FakeQuantize
 
@@ -62,6 +63,38 @@ class ActivationQuantizer(Protocol):
     def ready(self) -> bool:
         """Whether it has seen what it needs to quantize."""
         ...
+
+
+class StaticActivation:
+    """What quantizers with one range for all inputs share: what they are converted to."""
+
+    format: IntFormat
+    name: str
+    batches: Tensor  # seen
+
+    def _current(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the range now."""
+        raise NotImplementedError
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch was seen."""
+        return bool(self.batches)
+
+    @torch.no_grad()
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """`act_scale` and `act_zero_point`, that of signed codes.
+
+        Raises:
+            QuantizationError: no batch was seen.
+        """
+        if not self.ready:
+            raise QuantizationError(
+                f"the range of {self.name} was never observed: run training batches that reach it, or leave the layer out"
+            )
+        scale, zero_point = self._current()
+        shift = 0 if self.format.symmetric else 1 << (self.format.bits - 1)
+        return scale, zero_point.to(torch.int32) - shift
 
 
 def recomputing() -> bool:

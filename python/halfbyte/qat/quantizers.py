@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.algorithms import MSE, RTN, Rounding, default_rounding
-from halfbyte.errors import QuantizationError
 from halfbyte.formats import CodebookFormat, FloatFormat, IntFormat, PackedFormat, PerTensor
 from halfbyte.nn.packed_weight import WeightCodes
 from halfbyte.observers.observer import qparams_of_range
@@ -18,6 +17,7 @@ from halfbyte.qat.functions import FakeQuantize, StraightThrough
 from halfbyte.qat.learned_activation import LearnedActivation, PactActivation
 from halfbyte.qat.learned_weight import LEARNED_METHODS, AbsoluteMeanWeight, LearnedMethod, LearnedWeight
 from halfbyte.qat.quantizer_base import (
+    StaticActivation,
     WeightQuantizer,
     all_reduced_range,
     in_memory_order,
@@ -161,7 +161,7 @@ class DynamicActivation(nn.Module):
         return str(self.format)
 
 
-class MovingAverageActivation(Switches):
+class MovingAverageActivation(StaticActivation, Switches):
     """One range for all inputs: an exponential moving average of each batch's extremes.
 
     What `hb.observers.MovingAverageMinMax` computes, in buffers, so that checkpoints hold it. Batches with NaN or inf do not
@@ -205,24 +205,6 @@ class MovingAverageActivation(Switches):
     def _current(self) -> tuple[Tensor, Tensor]:
         f = self.format
         return qparams_of_range(self.low, self.high, qmin=f.qmin, qmax=f.qmax, symmetric=f.symmetric)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a batch was seen."""
-        return bool(self.batches)
-
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """`act_scale` and `act_zero_point`, that of signed codes.
-
-        Raises:
-            QuantizationError: no batch was seen.
-        """
-        if not self.ready:
-            raise QuantizationError(
-                f"the range of {self.name} was never observed: run training batches that reach it, or leave the layer out"
-            )
-        scale, zero_point = self._current()
-        return scale, zero_point if self.format.symmetric else zero_point - (1 << (self.format.bits - 1))
 
     def extra_repr(self) -> str:
         """Format, for `print(model)`."""
