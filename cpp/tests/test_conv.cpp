@@ -216,6 +216,47 @@ void check_equal(const std::vector<T>& got, const std::vector<T>& expected, cons
   }
 }
 
+float activated(float y, const ConvResults& to) {
+  const float gate = std::min(std::max(y + 3.0f, 0.0f), 6.0f);
+  switch (to.activation) {
+    case Activation::kNone:
+      return y;
+    case Activation::kClamp:
+      return std::min(std::max(y, to.low), to.high);
+    case Activation::kLeakyRelu:
+      return y > 0.0f ? y : y * to.low;
+    case Activation::kHardswish:
+      return y * gate / 6.0f;
+    case Activation::kHardsigmoid:
+      return gate / 6.0f;
+  }
+  return kNaN;
+}
+
+// Float addend, activation, and both results at once, the codes inside wider pixels.
+void check_activations(const Problem& p, const ConvKernels& kernel, bool depthwise,
+                       const std::vector<float>& products) {
+  const int64_t stride = p.c.outputs + 5;
+  const size_t pixels = products.size() / size(p.c.outputs);
+  std::vector<float> added(products.size());
+  for (float& value : added) value = random_float();
+  for (int kind = 0; kind <= static_cast<int>(Activation::kHardsigmoid); ++kind) {
+    std::vector<float> floats(products.size(), -1.0f), expected_floats;
+    std::vector<int8_t> codes(pixels * size(stride), 99), expected_codes(codes);
+    ConvResults to = {floats.data(), codes.data() + 3, nullptr, p.requantization, p.c.outputs, stride};
+    to.added = added.data(), to.activation = static_cast<Activation>(kind);
+    to.low = to.activation == Activation::kClamp ? -0.5f : 0.1f, to.high = 0.75f;
+    multiply(p, kernel, depthwise, to);
+    for (size_t i = 0; i < products.size(); ++i) {
+      expected_floats.push_back(activated(products[i] + added[i], to));
+      expected_codes[i / size(p.c.outputs) * size(stride) + 3 + i % size(p.c.outputs)] =
+          quantized(expected_floats.back(), p.requantization);
+    }
+    check_equal(floats, expected_floats, "activated float", level, p.c);
+    check_equal(codes, expected_codes, "activated code", level, p.c);
+  }
+}
+
 int64_t cases = 0;
 
 void check_case(const Case& c) {
@@ -229,15 +270,16 @@ void check_case(const Case& c) {
     for (bool depthwise : {false, true}) {
       if (depthwise && !kernel.is_depthwise(p.s, p.weight())) continue;
       Result got = {std::vector<float>(results, -1.0f), std::vector<int8_t>(results, -1), std::vector<int8_t>(results)};
-      ConvResults to = {got.floats.data(), nullptr, nullptr, p.requantization, c.outputs};
+      ConvResults to = {got.floats.data(), nullptr, nullptr, p.requantization, c.outputs, c.outputs};
       multiply(p, kernel, depthwise, to);
-      to.codes = got.codes.data();
+      to.floats = nullptr, to.codes = got.codes.data();
       multiply(p, kernel, depthwise, to);
       to.codes = got.with_residual.data(), to.residual = p.residual.data();
       multiply(p, kernel, depthwise, to);
       check_equal(got.floats, expected.floats, "float result", level, c);
       check_equal(got.codes, expected.codes, "code", level, c);
       check_equal(got.with_residual, expected.with_residual, "code with a residual", level, c);
+      check_activations(p, kernel, depthwise, expected.floats);
       ++cases;
     }
   }

@@ -11,6 +11,8 @@
 // int8 outputs continue, rounding after each operation:
 //   y = y + float(r - zr) * sr                                            with a residual r
 //   q = clamp(round_half_even(clamp(y * (1/so), ..)) + zo, out_min, out_max)     NaN -> zo (clamped)
+// Inside a lowered model (program.h) a float addend and an activation come first, y = activation(y + added), and the
+// float result may be stored beside the codes.
 #pragma once
 #include "halfbyte/matmul.h"
 
@@ -52,13 +54,24 @@ struct ConvInput {
       pixel_sum;  // [batch, in_pixels, groups]: sum(a) over the channels of a group; only multiply_rows reads it
 };
 
-// Where results go: float32, or int8 codes if `codes` is not null. [batch, out_pixels, channels].
+// The functions that epilogues compute, as torch does, rounding after each operation:
+//   kClamp       min(max(y, low), high), NaN stays
+//   kLeakyRelu   max(y * low, y), which for slopes up to 1 is y > 0 ? y : y * low
+//   kHardswish   y * min(max(y + 3, 0), 6) / 6
+//   kHardsigmoid min(max(y + 3, 0), 6) / 6
+enum class Activation : int { kNone = 0, kClamp = 1, kLeakyRelu = 2, kHardswish = 3, kHardsigmoid = 4 };
+
+// Where results go: float32, int8 codes, or both; null is nowhere. Floats are [batch, out_pixels, channels].
 struct ConvResults {
   float* floats;
   int8_t* codes;
-  const int8_t* residual;  // may be null
+  const int8_t* residual;  // codes like the results, to be dequantized and added; may be null
   Requantization requantization;
   int64_t channels;
+  int64_t code_stride;           // codes from one pixel to the next; more than `channels` inside a concatenation
+  const float* added = nullptr;  // floats like `floats`, and not the same memory: tiles may be computed twice
+  Activation activation = Activation::kNone;
+  float low = 0.0f, high = 0.0f;
 };
 
 struct ConvKernels {
@@ -73,8 +86,9 @@ struct ConvKernels {
   // `row` holds row_inputs() bytes, `pixels` taps() * (end - begin) integers. Scales are not touched.
   void (*gather_rows)(const ConvShape& shape, const TileShape& weight, const int8_t* codes, int64_t group,
                       int64_t begin, int64_t end, int8_t* row, int32_t* pixels, const QuantizedRows& out);
-  // int8 results of `count` floats; residual may be null.
-  void (*requantize)(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes);
+  // Results of the pixels [begin, end) from what the products gave, y [end - begin, channels]; y may be where the
+  // floats go.
+  void (*finish)(const float* y, int64_t begin, int64_t end, const ConvResults& to);
   // sums[i] = sum of the `inputs` codes from i * inputs on.
   void (*sum_pixels)(const int8_t* codes, int64_t count, int64_t inputs, int32_t* sums);
   // Whether multiply_rows reads segments of the codes in place, for which it needs pixel sums.

@@ -124,26 +124,18 @@ HALFBYTE_INLINE void finish_pixel(const DepthwiseBlock& block, const ConvResults
     const F32x16 folded = fma_f32(load_f32(block.scale[v]), to_float(sums[v]), nothing);
     values[v] = has_bias ? fma_f32(factor, folded, load_f32(block.bias[v])) : mul_f32(factor, folded);
   });
-  const int64_t at = pixel * y.channels + block.channel;
-  if (y.codes == nullptr || y.residual != nullptr) {
+  const bool codes_only = y.floats == nullptr && y.residual == nullptr && y.added == nullptr;
+  if (!codes_only || y.activation != Activation::kNone) {
     unzip(values);
     for (int64_t v = 0; v * kPanel < block.present; ++v) {
-      const int64_t count = std::min(kPanel, block.present - v * kPanel), to = at + v * kPanel;
-      if (y.codes == nullptr) {
-        store_partial(y.floats + to, values[v], count);
-      } else {
-        int8_t whole[kPanel] = {};
-        std::memcpy(whole, y.residual + to, static_cast<size_t>(count));
-        store_bytes(y.codes + to, requantized(add_residual(values[v], whole, y.requantization), y.requantization),
-                    count);
-      }
+      store_finished(y, pixel, block.channel + v * kPanel, 0, std::min(kPanel, block.present - v * kPanel), values[v]);
     }
     return;
   }
   I32x16 codes[4];
   unroll<4>([&](auto v) { codes[v] = requantized(values[v], y.requantization); });
   const U8x64 packed = pack_codes(codes);
-  auto* to = reinterpret_cast<uint8_t*>(y.codes + at);
+  auto* to = reinterpret_cast<uint8_t*>(y.codes + pixel * y.code_stride + block.channel);
   if (block.present == kLineChannels) return store_row(to, packed);
   uint8_t whole[kLineChannels];
   store_row(whole, packed);

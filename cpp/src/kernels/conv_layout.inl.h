@@ -137,15 +137,58 @@ HALFBYTE_INLINE I32x16 requantized(F32x16 value, const Requantization& r) {
   return add_i32(round_clamped(mul_f32(value, set_f32(r.inverse_scale)), lo, hi), set_i32(r.zero_point));
 }
 
-void requantize(const float* y, int64_t count, const int8_t* residual, const Requantization& r, int8_t* codes) {
-  for (int64_t i = 0; i < count; i += 16) {
-    F32x16 value = load_elements(y, FloatType::kFloat32, i, count - i);
-    if (residual != nullptr) {
-      int8_t whole[16] = {};
-      std::memcpy(whole, residual + i, static_cast<size_t>(std::min<int64_t>(16, count - i)));
-      value = add_residual(value, whole, r);
+HALFBYTE_INLINE F32x16 activated(F32x16 value, const ConvResults& y) {
+  switch (y.activation) {
+    case Activation::kNone:
+      return value;
+    case Activation::kClamp:
+      return smaller(set_f32(y.high), larger(set_f32(y.low), value));
+    case Activation::kLeakyRelu:
+      return larger(mul_f32(value, set_f32(y.low)), value);
+    case Activation::kHardswish:
+    case Activation::kHardsigmoid:
+      break;
+  }
+  const F32x16 shifted = larger(set_f32(0.0f), add_f32(value, set_f32(3.0f)));
+  const F32x16 gate = smaller(set_f32(6.0f), shifted);
+  return div_f32(y.activation == Activation::kHardswish ? mul_f32(value, gate) : gate, set_f32(6.0f));
+}
+
+// Stores the channels [channel + lo, channel + hi) of one pixel, 0 <= lo < hi <= 16, from what the product gave.
+HALFBYTE_INLINE void store_finished(const ConvResults& y, int64_t pixel, int64_t channel, int64_t lo, int64_t hi,
+                                    F32x16 value) {
+  const bool all = lo == 0 && hi == kPanel;
+  const int64_t at = pixel * y.channels + channel;
+  if (y.added != nullptr) {
+    float whole[kPanel] = {};
+    if (!all) std::memcpy(whole + lo, y.added + at + lo, static_cast<size_t>(hi - lo) * sizeof(float));
+    value = add_f32(value, load_f32(all ? y.added + at : whole));
+  }
+  if (y.residual != nullptr) {
+    int8_t whole[kPanel] = {};
+    if (!all) std::memcpy(whole + lo, y.residual + at + lo, static_cast<size_t>(hi - lo));
+    value = add_residual(value, all ? y.residual + at : whole, y.requantization);
+  }
+  value = activated(value, y);
+  if (y.floats != nullptr) {
+    float whole[kPanel];
+    store_f32(all ? y.floats + at : whole, value);
+    if (!all) std::memcpy(y.floats + at + lo, whole + lo, static_cast<size_t>(hi - lo) * sizeof(float));
+  }
+  if (y.codes != nullptr) {
+    int8_t whole[kPanel];
+    int8_t* to = y.codes + pixel * y.code_stride + channel;
+    store_low_bytes(all ? to : whole, requantized(value, y.requantization));
+    if (!all) std::memcpy(to + lo, whole + lo, static_cast<size_t>(hi - lo));
+  }
+}
+
+void finish(const float* y, int64_t begin, int64_t end, const ConvResults& to) {
+  for (int64_t pixel = begin; pixel < end; ++pixel, y += to.channels) {
+    for (int64_t channel = 0; channel < to.channels; channel += kPanel) {
+      const int64_t count = std::min(kPanel, to.channels - channel);
+      store_finished(to, pixel, channel, 0, count, load_elements(y, FloatType::kFloat32, channel, count));
     }
-    store_bytes(codes + i, requantized(value, r), count - i);
   }
 }
 

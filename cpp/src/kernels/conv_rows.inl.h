@@ -42,30 +42,16 @@ struct ConvTile {
   bool binary, has_bias;
 };
 
-HALFBYTE_INLINE void store_result(const ConvTile& t, int64_t row, int64_t output, F32x16 value) {
-  const int64_t lo = std::max<int64_t>(t.begin - output, 0), hi = std::min(t.end - output, kPanel);
-  const int64_t at = (t.pixel + row) * t.y.channels + output;
-  if (t.y.codes == nullptr) {
-    if (lo == 0 && hi == kPanel) return store_f32(t.y.floats + at, value);
-    float whole[kPanel];
-    store_f32(whole, value);
-    for (int64_t i = lo; i < hi; ++i) t.y.floats[at + i] = whole[i];
-    return;
-  }
-  const Requantization& q = t.y.requantization;
-  int8_t whole[kPanel] = {};
-  if (t.y.residual != nullptr) {
-    const int8_t* residual = t.y.residual + at;
-    if (lo != 0 || hi != kPanel) {
-      for (int64_t i = lo; i < hi; ++i) whole[i] = residual[i];
-      residual = whole;
-    }
-    value = add_residual(value, residual, q);
-  }
-  const I32x16 codes = requantized(value, q);
-  if (lo == 0 && hi == kPanel) return store_low_bytes(t.y.codes + at, codes);
-  store_low_bytes(whole, codes);
-  for (int64_t i = lo; i < hi; ++i) t.y.codes[at + i] = whole[i];
+// What an epilogue has to do with the outputs of a tile: most stores are of one kind, for which registers need not
+// wait.
+enum class Store { kFloats, kCodes, kGeneral };
+
+inline Store store_kind(const ConvTile& t, int64_t panels) {
+  const ConvResults& y = t.y;
+  const bool whole = t.first_output >= t.begin && t.first_output + panels * kPanel <= t.end;
+  const bool bare = y.residual == nullptr && y.added == nullptr && y.activation == Activation::kNone;
+  if (!whole || !bare || (y.floats != nullptr && y.codes != nullptr)) return Store::kGeneral;
+  return y.codes == nullptr ? Store::kFloats : Store::kCodes;
 }
 
 // Range bounds the codes' values, as in matmul_int8.inl.h.
@@ -89,6 +75,8 @@ void conv_tile(const ConvTile& t, int64_t row) {
     }
   }
   const F32x16 act_scale = set_f32(t.act_scale), nothing = set_f32(0.0f);
+  const Store kind = store_kind(t, Panels);
+  alignas(64) float values[Rows][Panels * kPanel];
   unroll<Rows>([&](auto r) {
     const I32x16 sum = set_i32(t.rows.sum[row + r]);
     unroll<Panels>([&](auto p) {
@@ -98,9 +86,22 @@ void conv_tile(const ConvTile& t, int64_t row) {
       const F32x16 folded = fma_f32(load_f32(t.columns.scale + at), to_float(dot), nothing);
       const F32x16 value =
           t.has_bias ? fma_f32(act_scale, folded, load_f32(t.columns.bias + at)) : mul_f32(act_scale, folded);
-      store_result(t, row + r, t.first_output + at, value);
+      const int64_t pixel = t.pixel + row + r, output = t.first_output + at;
+      if (kind == Store::kCodes) {
+        store_low_bytes(t.y.codes + pixel * t.y.code_stride + output, requantized(value, t.y.requantization));
+      } else {
+        store_f32(kind == Store::kFloats ? t.y.floats + pixel * t.y.channels + output : values[r] + at, value);
+      }
     });
   });
+  if (kind != Store::kGeneral) return;
+  for (int64_t r = 0; r < Rows; ++r) {
+    for (int64_t p = 0; p < Panels; ++p) {
+      const int64_t output = t.first_output + p * kPanel;
+      store_finished(t.y, t.pixel + row + r, output, std::max<int64_t>(t.begin - output, 0),
+                     std::min(t.end - output, kPanel), load_f32(values[r] + p * kPanel));
+    }
+  }
 }
 
 // All rows of a tile of panels. The last tile of rows overlaps the one before it: its results are the same again.

@@ -15,6 +15,10 @@ namespace {
 HALFBYTE_INLINE I32x16 load_s8_to_i32(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// larger: a > b ? a : b; smaller: a < b ? a : b. So NaN in b stays, and of zeros b is taken.
+HALFBYTE_INLINE F32x16 larger(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
+HALFBYTE_INLINE F32x16 smaller(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }
+HALFBYTE_INLINE F32x16 div_f32(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
 HALFBYTE_INLINE U8x64 set_bytes(uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 HALFBYTE_INLINE U8x64 xor_rows(U8x64 a, U8x64 b) { return _mm512_xor_si512(a, b); }
 HALFBYTE_INLINE U8x64 zip_bytes_low(U8x64 a, U8x64 b) { return _mm512_unpacklo_epi8(a, b); }
@@ -37,6 +41,9 @@ HALFBYTE_INLINE I32x16 load_s8_to_i32(const int8_t* p) {
   const __m128i bytes = load_128(p);
   return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
 }
+HALFBYTE_INLINE F32x16 larger(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE F32x16 smaller(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE F32x16 div_f32(F32x16 a, F32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 HALFBYTE_INLINE U8x64 set_bytes(uint8_t x) {
   const __m256i v = _mm256_set1_epi8(static_cast<char>(x));
   return {v, v};
@@ -74,6 +81,15 @@ HALFBYTE_INLINE void unzip(F32x16 (&x)[4]) {
 
 HALFBYTE_INLINE I32x16 load_s8_to_i32(const int8_t* p) {
   return map_i32([&](int i) { return p[i]; });
+}
+HALFBYTE_INLINE F32x16 larger(F32x16 a, F32x16 b) {
+  return map_f32([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+HALFBYTE_INLINE F32x16 smaller(F32x16 a, F32x16 b) {
+  return map_f32([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+HALFBYTE_INLINE F32x16 div_f32(F32x16 a, F32x16 b) {
+  return map_f32([&](int i) { return a.v[i] / b.v[i]; });
 }
 template <class F>
 HALFBYTE_INLINE U8x64 map_bytes(F&& f) {
