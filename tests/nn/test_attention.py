@@ -173,6 +173,12 @@ def test_int8_products_equal_linear_layers_with_the_codes_as_weights(
     assert ((values - exact).norm() / exact.norm()).item() < 0.03
 
 
+def test_int8_values_without_tokens_are_zero_as_in_pytorch() -> None:
+    assert torch.equal(
+        hb.ops.attention_values_int8(torch.zeros(2, 3, 5, 0), torch.zeros(2, 3, 0, 8)), torch.zeros(2, 3, 5, 8)
+    )
+
+
 def test_opcheck_of_int8_products() -> None:
     for op, a, b in (("scores", (2, 3, 8), (2, 5, 8)), ("values", (2, 3, 5), (2, 5, 8))):
         torch.library.opcheck(getattr(torch.ops.halfbyte, f"attention_{op}_int8").default, (heads(*a), heads(*b)))
@@ -273,6 +279,9 @@ Q, K = torch.zeros(3, 5, 32), torch.zeros(3, 7, 32)
         ((Q, K, K), {"key_padding_mask": torch.zeros(3, 5)}, ValueError, r"key_padding_mask .* use \(3, 7\)"),
         ((Q, K, K), {"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "torch.bool or floating point"),
         ((Q, K, K), {"is_causal": True}, ValueError, "give the mask as well"),
+        ((Q, None, K), {}, TypeError, "key is a NoneType; give a tensor"),
+        ((Q, K, K.bfloat16()), {}, TypeError, "value has dtype torch.bfloat16, query torch.float32"),
+        ((Q, K, K), {"attn_mask": torch.zeros(5, 7, device="meta")}, ValueError, "attn_mask is on the device meta"),
     ],
 )
 def test_bad_input_is_refused(

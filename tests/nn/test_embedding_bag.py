@@ -152,6 +152,24 @@ def test_bad_input_is_refused(indices: Tensor, offsets: Tensor | None, error: ty
         quantized_bag(hb.int8_weight_only(), mode="sum")(indices, offsets)
 
 
+@pytest.mark.parametrize(
+    ("indices", "offsets", "error", "message"),
+    [
+        (torch.tensor([1, 50]), torch.tensor([0]), IndexError, "index 50 is outside a table of num_embeddings=50"),
+        (torch.tensor([-1, 5]), torch.tensor([0]), IndexError, "index -1 is outside"),
+        (INDICES, torch.tensor([0, 5, 3]), ValueError, r"offsets\[1\]=5 is followed by 3"),
+        (INDICES, torch.tensor([0, 12]), ValueError, r"offsets\[1\]=12 is followed by 11"),
+        (INDICES, torch.tensor([1, 2]), ValueError, r"offsets\[0\] is not 0"),
+        (INDICES, torch.tensor([0.0, 2.0]), TypeError, "offsets has dtype torch.float32"),
+    ],
+)
+def test_bad_input_of_sixteen_bit_tables_is_refused(
+    indices: Tensor, offsets: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quantized_bag(hb.bf16(), mode="sum")(indices, offsets)
+
+
 def test_last_offset_is_the_number_of_indices() -> None:
     bag = quantized_bag(hb.int8_weight_only(), include_last_offset=True)
     with pytest.raises(ValueError, match=r"offsets end with 10; .* the number of indices, 11"):

@@ -326,17 +326,34 @@ X = torch.zeros(5, 3, 24)
         (torch.zeros(5, 3, 24, dtype=torch.int64), None, TypeError, "input is torch.int64"),
         (torch.zeros(5, 3, 3, 24), None, ValueError, "4 dimensions"),
         (torch.zeros(0, 3, 24), None, ValueError, "no steps"),
-        (torch.zeros(5, 0, 24), None, ValueError, "no steps or no sequences"),
+        (PackedSequence(torch.zeros(3, 1, 24), torch.tensor([2, 1])), None, ValueError, r"data .* shape \(3, 1, 24\)"),
+        (
+            PackedSequence(torch.zeros(3, 24), torch.tensor([2.0, 1.0])),
+            None,
+            TypeError,
+            "batch_sizes .* are torch.float32",
+        ),
         (X, torch.zeros(1, 3, 32), TypeError, "give the pair"),
         (X, (torch.zeros(1, 3, 32), torch.zeros(1, 2, 32)), ValueError, r"c_0 has shape \(1, 2, 32\); \(1, 3, 32\)"),
         (X, (torch.zeros(2, 3, 32), torch.zeros(2, 3, 32)), ValueError, r"h_0 has shape \(2, 3, 32\)"),
         (X, (torch.zeros(1, 3, 32).double(), torch.zeros(1, 3, 32)), TypeError, "h_0 has dtype torch.float64"),
+        (X, (torch.zeros(1, 3, 32), torch.zeros(1, 3, 32, device="meta")), ValueError, "c_0 is on the device meta"),
     ],
 )
 def test_bad_input_is_refused(x: Tensor, hx: object, error: type[Exception], message: str) -> None:
     rnn = quantized(float_rnn("lstm"), hb.int8_dynamic())
     with pytest.raises(error, match=message):
         rnn(x, hx)
+
+
+@pytest.mark.parametrize("scheme", [hb.int8_dynamic(), hb.int8_dynamic(symmetric=False), hb.bf16()], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_no_sequences_give_none_as_in_pytorch(cell: str, scheme: hb.Scheme) -> None:
+    rnn = float_rnn(cell)
+    expected, expected_state = rnn(torch.zeros(5, 0, 24))
+    output, state = quantized(rnn, scheme)(torch.zeros(5, 0, 24))
+    assert output.shape == expected.shape
+    assert [s.shape for s in state] == [s.shape for s in expected_state]
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,11 @@ template <class F>
 Tensor product_of_heads(const Heads& heads, bool values, const F& compute) {
   Tensor y = new_tensor(heads.a, {heads.count, heads.rows, heads.outer}, ScalarType::Float);
   if (y.numel() == 0) return y;
-  check(heads.inner > 0, "heads have no features or no tokens to attend to");
   auto* out = static_cast<float*>(y.mutable_data_ptr());
+  if (heads.inner == 0) {  // no tokens to attend to
+    std::fill_n(out, y.numel(), 0.0f);
+    return y;
+  }
   parallel_for(heads.count, 1, [&](int64_t begin, int64_t end) {
     HeadProduct product(heads, values);
     for (int64_t head = begin; head < end; ++head) compute(product, head, out + head * heads.rows * heads.outer);

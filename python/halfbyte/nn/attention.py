@@ -68,11 +68,11 @@ class QuantizedMultiheadAttention(nn.Module):
             `need_weights`.
 
         Raises:
-            ValueError: shapes of inputs or masks that do not fit, or `is_causal` without `attn_mask`.
-            TypeError: a mask that is neither boolean nor floating point.
+            ValueError: shapes or devices of inputs or masks that do not fit, or `is_causal` without `attn_mask`.
+            TypeError: inputs that are no tensors or differ in dtype, or a mask that is neither boolean nor floating point.
         """
+        self._check_inputs(query, key, value)
         batched = query.dim() == 3
-        self._check_shapes(query, key, value)
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -85,7 +85,11 @@ class QuantizedMultiheadAttention(nn.Module):
         # Alone, the hint stands for the mask, which scaled_dot_product_attention then need not read.
         causal = is_causal and key_padding_mask is None and not need_weights and self.bias_k is None
         causal = causal and not self.add_zero_attn and not int8
-        mask = None if causal else self._mask(attn_mask, key_padding_mask, batch, length, source, query.dtype)
+        mask = (
+            None
+            if causal
+            else self._mask(attn_mask, key_padding_mask, batch, length, source, query.dtype, query.device)
+        )
         k, v = self.k_proj(key), self.v_proj(value)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat((k, self.bias_k.expand(batch, 1, -1)), dim=1)
@@ -123,7 +127,12 @@ class QuantizedMultiheadAttention(nn.Module):
         """As in `nn.MultiheadAttention`, for code that calls it."""
         return nn.MultiheadAttention.merge_masks(self, attn_mask, key_padding_mask, query)  # type: ignore[arg-type]
 
-    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} is a {type(x).__name__}; give a tensor")
+            if x.dtype != query.dtype:
+                raise TypeError(f"{name} has dtype {x.dtype}, query {query.dtype}; give them the same")
         dim = query.dim()
         if dim not in (2, 3) or key.dim() != dim or value.dim() != dim:
             raise ValueError(
@@ -151,6 +160,7 @@ class QuantizedMultiheadAttention(nn.Module):
         length: int,
         source: int,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor | None:
         """Both masks as one that is added to scores `[B, heads, L, S]`; True means left out."""
         merged: Tensor | None = None
@@ -158,13 +168,13 @@ class QuantizedMultiheadAttention(nn.Module):
             allowed = ((length, source), (batch * self.num_heads, length, source))
             if tuple(attn_mask.shape) not in allowed:
                 raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; use {allowed[0]} or {allowed[1]}")
-            merged = _additive("attn_mask", attn_mask, dtype)
+            merged = _additive("attn_mask", attn_mask, dtype, device)
             if attn_mask.dim() == 3:
                 merged = merged.reshape(batch, self.num_heads, length, source)
         if key_padding_mask is not None:
             if tuple(key_padding_mask.shape) != (batch, source):
                 raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; use {(batch, source)}")
-            padding = _additive("key_padding_mask", key_padding_mask, dtype)[:, None, None, :]
+            padding = _additive("key_padding_mask", key_padding_mask, dtype, device)[:, None, None, :]
             merged = padding if merged is None else merged + padding
         return merged
 
@@ -173,7 +183,9 @@ class QuantizedMultiheadAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 
-def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(name: str, mask: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if mask.device != device:
+        raise ValueError(f"{name} is on the device {mask.device}, query on {device}; give both the same")
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:

@@ -11,6 +11,7 @@ from halfbyte.nn.as_layers import as_embedding
 from halfbyte.nn.embedding import HalfEmbedding, QuantizedEmbedding
 from halfbyte.nn.trained_parts import run_parts, training_weight
 from halfbyte.ops import BagMode
+from halfbyte.ops.checks import check_codes
 
 
 class QuantizedEmbeddingBag(nn.Module):
@@ -91,6 +92,7 @@ class QuantizedEmbeddingBag(nn.Module):
                 codebook=table.codebook,
             )
         assert isinstance(table, nn.Embedding | HalfEmbedding)
+        _check_bags(input, offsets, self.num_embeddings)
         weight = training_weight(table)
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights.to(weight.dtype)
@@ -108,3 +110,24 @@ class QuantizedEmbeddingBag(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}"
+
+
+def _check_bags(indices: Tensor, offsets: Tensor, num_embeddings: int) -> None:
+    """What the operator for packed tables checks by itself; torch's own lets offsets pass that fall."""
+    for name, tensor in (("indices", indices), ("offsets", offsets)):
+        check_codes(tensor, name, (torch.int32, torch.int64))
+    if torch.compiler.is_compiling() or indices.is_meta or offsets.is_meta:
+        return
+    outside = indices[(indices < 0) | (indices >= num_embeddings)]
+    if outside.numel():
+        raise IndexError(f"index {outside[0].item()} is outside a table of num_embeddings={num_embeddings}")
+    if offsets.numel() and offsets[0] != 0:
+        raise ValueError("offsets[0] is not 0")
+    limits = F.pad(offsets, (0, 1), value=indices.shape[0])
+    falls = (limits.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0, 0])
+        raise ValueError(
+            f"offsets[{at}]={limits[at].item()} is followed by {limits[at + 1].item()}; offsets do not fall and end with the "
+            "indices"
+        )

@@ -110,18 +110,24 @@ class QuantizedRecurrent(nn.Module):
             raise ValueError(
                 f"{name}: input has {x.shape[-1]} features in its last dimension; {self.input_size} are needed"
             )
-        if x.shape[0] == 0 or (packed is None and 0 in x.shape[:-1]):
-            raise ValueError(
-                f"{name}: input of shape {tuple(x.shape)} has no steps or no sequences; give at least one of each"
-            )
         batched = packed is not None or x.dim() == 3
+        if packed is not None and x.dim() != 2:
+            raise ValueError(
+                f"{name}: data of the packed sequence has shape {tuple(x.shape)}; use [rows, {self.input_size}]"
+            )
+        if x.shape[1 if self.batch_first and packed is None and batched else 0] == 0:
+            raise ValueError(f"{name}: input of shape {tuple(x.shape)} has no steps; give at least one")
         if packed is None:
             x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if self.batch_first else x
             batch = x.shape[1]
         else:
-            batch = int(packed.batch_sizes[0])
+            if packed.batch_sizes.dtype != torch.int64:
+                raise TypeError(
+                    f"{name}: batch_sizes of the packed sequence are {packed.batch_sizes.dtype}; use torch.int64"
+                )
             if not torch.compiler.is_compiling():
                 _check_batch_sizes(name, packed.batch_sizes.tolist(), x.shape[0])
+            batch = int(packed.batch_sizes[0])
         states = self._initial(hidden, x, batch, batched)
         if packed is not None and packed.sorted_indices is not None and hidden is not None:
             states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
@@ -141,7 +147,7 @@ class QuantizedRecurrent(nn.Module):
             return tuple(x.new_zeros(layers, batch, size) for size in sizes)
         for label, state, size in zip(("h_0", "c_0"), hidden, sizes, strict=False):
             expected = (layers, batch, size) if batched else (layers, size)
-            _check_state(f"{type(self).__name__}: {label}", state, expected, x.dtype)
+            _check_state(f"{type(self).__name__}: {label}", state, expected, x)
         return hidden if batched else tuple(state.unsqueeze(1) for state in hidden)
 
     def _layers(
@@ -363,7 +369,7 @@ class _QuantizedCell(nn.Module):
         if states is None:
             states = tuple(input.new_zeros(shape) for _ in range(count))
         for label, state in zip(("h", "c"), states, strict=False):
-            _check_state(f"{name}: {label}", state, shape, dtype)
+            _check_state(f"{name}: {label}", state, shape, input)
         before = states
 
         def run(ih: nn.Module, hh: nn.Module) -> tuple[Tensor, ...]:
@@ -438,10 +444,12 @@ def _check_batch_sizes(name: str, sizes: list[int], rows: int) -> None:
         raise ValueError(f"{name}: batch_sizes of the packed sequence add up to {sum(sizes)}, its data has {rows} rows")
 
 
-def _check_state(label: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_state(label: str, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if not isinstance(state, Tensor):
         raise TypeError(f"{label} is a {type(state).__name__}; give a tensor of shape {shape}")
     if tuple(state.shape) != shape:
         raise ValueError(f"{label} has shape {tuple(state.shape)}; {shape} is needed")
-    if state.dtype != dtype:
-        raise TypeError(f"{label} has dtype {state.dtype}, the input {dtype}; give both the same")
+    if state.dtype != x.dtype:
+        raise TypeError(f"{label} has dtype {state.dtype}, the input {x.dtype}; give both the same")
+    if state.device != x.device:
+        raise ValueError(f"{label} is on the device {state.device}, the input on {x.device}; give both the same")
