@@ -18,6 +18,7 @@ import bench_outliers
 import bench_sentence_encoder
 import bench_sizing
 import peer_tables
+import qat_tables
 import search_tables
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,6 +32,9 @@ TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "layers"): bench_gptq.layers_table,
     ("lm", "sizing"): bench_sizing.sizing_table,
     ("lm", "outliers"): bench_outliers.outliers_table,
+    ("lm", "qat-language"): qat_tables.language_table,
+    ("lm", "qat-images"): qat_tables.image_table,
+    ("lm", "qat-steps"): qat_tables.step_table,
     ("encoder", "quality"): bench_sentence_encoder.quality_table,
     ("encoder", "speed"): bench_sentence_encoder.speed_table,
 }

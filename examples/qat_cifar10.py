@@ -1,19 +1,18 @@
 """Trains ResNet-8 and ResNet-20 with 4-bit weights and activations to follow the float model, beside plain quantization.
 
-    python examples/qat_cifar10.py --data FOLDER [--models ResNet-8] [--steps 300]
+    python examples/qat_cifar10.py --data FOLDER [--models ResNet-8] [--seeds 0 1 2]
 
 Protocol: batch normalization is folded; all convolutions but the first have 4-bit weights per channel and 4-bit inputs, the
 first and the linear layer 8 bits. The student sees the 10,000 training images at hand (FOLDER/vision/cifar10_train.npz, fewer
 than a float model is trained on, and compressed once more), shifted and mirrored at random, and minimises the KL divergence
 to the float model's predictions: no label is used. Post-training quantization calibrates on the same images. Top-1 on test
-images of cifar10_test.npz, which neither sees.
+images of cifar10_test.npz, which neither sees. A seed chooses the images of each step and how they are shifted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import replace
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 import halfbyte as hb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from models import vision
+import qat_tables
+from models import output, vision
 
 FIRST_AND_LAST: dict[str, dict[str, hb.Scheme | None]] = {
     "ResNet-8": {"conv0": hb.int8_static(), "fc": hb.int8_static()},
@@ -102,35 +102,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with vision/")
     parser.add_argument("--models", nargs="+", choices=FIRST_AND_LAST, default=list(FIRST_AND_LAST))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=5000, help="test images")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="append a line of results for each model")
+    parser.add_argument("--json", type=Path, help="merge the results into this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+
+    rows: dict[str, dict[str, object]] = {}
+
+    def add(model: str, row: str, top1: float, seconds: float = 0.0) -> None:
+        key = f"{model}: {row}"
+        rows[key] = {"model": model, "row": row, "top1": top1, "seconds": seconds}
+        print(f"{key}: {top1:.2f} in {seconds:.0f} s", flush=True)
+        if arguments.json is not None:
+            output.merge_json(arguments.json, "cifar10", {key: rows[key]})
+
     for name in arguments.models:
         torch.manual_seed(0)
         teacher, images, data = load(arguments.data, name, arguments.images)
         recipe = hb.Recipe(default=hb.int_static(4, 4), overrides=FIRST_AND_LAST[name])
-        row: dict[str, object] = {"model": name, "steps": arguments.steps, "batch": arguments.batch}
-        row["float"] = accuracy(teacher, data)
+        add(name, "float", accuracy(teacher, data))
         for label, algorithms in POST_TRAINING.items():
+            start = time.perf_counter()
             quantized = copy.deepcopy(teacher)
             hb.quantize_(quantized, recipe, images[:512].split(64), algorithms=algorithms, progress=False)
-            row[label] = accuracy(quantized, data)
-            print(f"{name}: float {row['float']:.2f}, {label} {row[label]:.2f}", flush=True)
-        start = time.perf_counter()
-        student = hb.prepare_qat_(copy.deepcopy(teacher), recipe, weights="learned", activations="learned")
-        distill(student, teacher, images, steps=arguments.steps, batch=arguments.batch, rate=arguments.rate)
-        hb.convert_(student, progress=False)
-        row["seconds"] = time.perf_counter() - start
-        row["trained"] = accuracy(student, data)
-        print(f"{name}: trained {row['trained']:.2f} in {row['seconds']:.0f} s", flush=True)
-        if arguments.json is not None:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            seconds = time.perf_counter() - start
+            add(name, f"PTQ, {label}", accuracy(quantized, data), seconds)
+        for seed in arguments.seeds:
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            student = hb.prepare_qat_(copy.deepcopy(teacher), recipe, weights="learned", activations="learned")
+            distill(student, teacher, images, steps=arguments.steps, batch=arguments.batch, rate=arguments.rate)
+            hb.convert_(student, progress=False)
+            seconds = time.perf_counter() - start
+            add(name, f"trained, seed {seed}", accuracy(student, data), seconds)
+    print(qat_tables.image_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""Trains a language model's 2-, 3-, 4-bit and ternary weights to follow the float model, beside GPTQ at the same bytes.
+"""Trains a language model's 2-, 3-, 4-bit and ternary weights to follow the float model, beside what needs no training.
 
     python examples/qat_language_model.py --data FOLDER [--formats "2 bits" ...]
 
-novels5M (FOLDER/lm, 5.0 M parameters): all Linear weights but the tied head, groups of 32 as in docs/gptq.md. Training starts
+novels5M (FOLDER/lm, 5.0 M parameters): all Linear weights but the tied head, in the formats of docs/gptq.md. Training starts
 from GPTQ's integers (`hb.qat.start_from_`) and minimises the KL divergence to the float model's predictions on windows of
-256 tokens of its own training text; no label is used. Evaluation: the same 40 windows as docs/gptq.md, which are in neither
-training nor calibration text.
+256 tokens of its own training text; no label is used. Bytes are those of GPTQ's model: embedding, norms and head are trained
+too, and stay in float.
+
+Evaluation: the 40 windows of docs/gptq.md, and 40 of another kind of text; neither GPTQ nor training sees them. Settings are
+for choosing with `--validate`, which scores on 32 windows of the training text that training leaves out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,35 +29,55 @@ from torch import Tensor, nn
 import halfbyte as hb
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import qat_tables
 from bench_gptq_accuracy import spread, windows
-from models import llama
+from models import llama, output
 
-SCHEMES = {
-    "4 bits": hb.int_weight_only(4, 32),
-    "3 bits": hb.int_weight_only(3, 32),
-    "2 bits": hb.int_weight_only(2, 32),
-    "2 bits, no zero points": hb.codebook_weight_only((-0.75, -0.25, 0.25, 0.75), 32),
-    "ternary": hb.ternary_weight_only(32),
+
+@dataclass(frozen=True)
+class Case:
+    """A format of the weights, and how it is trained: fewer bits, longer steps, for the next integer is further away."""
+
+    scheme: hb.Scheme
+    steps: int
+    rate: float
+    down_proj: hb.Scheme | None = None
+
+    @property
+    def recipe(self) -> hb.Recipe:
+        """All linear layers but the tied head."""
+        parts: dict[str, hb.Scheme | None] = {"model.embed_tokens": None, "lm_head": None}
+        mixed = {"*.down_proj": self.down_proj} if self.down_proj else {}
+        return hb.Recipe(default=self.scheme, overrides={**parts, **mixed})
+
+
+CASES = {
+    "4 bits": Case(hb.int_weight_only(4, 32), 80, 5e-5),
+    "3 bits": Case(hb.int_weight_only(3, 32), 300, 2e-4),
+    "2 bits": Case(hb.int_weight_only(2, 32), 1200, 5e-4),
+    "2 bits, down_proj 3 bits": Case(hb.int_weight_only(2, 64), 1200, 5e-4, hb.int_weight_only(3, 64)),
+    "2 bits, no zero points": Case(hb.codebook_weight_only((-0.75, -0.25, 0.25, 0.75), 32), 300, 5e-4),
+    "ternary": Case(hb.ternary_weight_only(32), 300, 5e-4),
 }
-# Fewer bits, longer steps: weights have further to go to the next integer.
-LEARNING_RATES = {"4 bits": 5e-5, "3 bits": 2e-4}
-SCALE_RATE = 1e-3  # a part of the scale
+SCALE_RATE = 0.3  # of the weights' rate; scales move by that part of themselves
 
 
-def distill(student: nn.Module, teacher: nn.Module, data: Sequence[Tensor], *, rate: float) -> None:
-    """Trains all weights and scales on the KL divergence to the teacher's predictions."""
+def distill(student: nn.Module, teacher: nn.Module, data: Tensor, *, steps: int, batch: int, rate: float) -> None:
+    """Trains all weights and scales on the KL divergence to the teacher's predictions: warm-up, then half a cosine."""
     student.train()
     scales = set(hb.qat.scale_parameters(student))
     weights = [p for p in student.parameters() if p not in scales]
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "lr": rate}, {"params": list(scales), "lr": 0.3 * rate}],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=len(data), pct_start=0.1
-    )
-    for step, rows in enumerate(data):
+    groups = [{"params": weights, "lr": rate}, {"params": list(scales), "lr": SCALE_RATE * rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warm = max(1, steps // 10)
+
+    def pace(step: int) -> float:
+        return (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
+    total = 0.0
+    for step in range(steps):
+        rows = data[torch.arange(step * batch, (step + 1) * batch) % len(data)]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 target = teacher(input_ids=rows, use_cache=False).logits
@@ -70,71 +92,113 @@ def distill(student: nn.Module, teacher: nn.Module, data: Sequence[Tensor], *, r
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            print(f"  step {step}: KL {loss.item():.4f} on training text", flush=True)
+        total += loss.item()
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1}: KL {total / 50:.4f} on training text", flush=True)
+            total = 0.0
     student.eval()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of 256 tokens."""
+
+    calibration: list[Tensor]
+    training: Tensor
+    scored: dict[str, list[Tensor]]
+
+
+def load_texts(root: Path, *, validate: bool) -> Texts:
+    """Training windows in random order, without the 32 that settings are validated on; calibration as in docs/gptq.md."""
+    tokenizer = Tokenizer.from_file(str(root / "lm" / "novels5M" / "tokenizer.json"))
+    train, same, other = (
+        (root / "text" / f"{name}.txt").read_text(encoding="utf-8")
+        for name in ("novels_train", "novels_eval", "tinyshakespeare")
+    )
+    ids = torch.tensor(tokenizer.encode(train).ids)
+    rows = ids[: len(ids) // llama.ROW * llama.ROW].view(-1, llama.ROW)
+    every = len(rows) // 32
+    left_out = torch.arange(32) * every + every // 2
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    kept[left_out] = False
+    shuffled = rows[kept][torch.randperm(int(kept.sum()), generator=torch.Generator().manual_seed(1))]
+    scored = {"kl": list(rows[left_out])}
+    if not validate:
+        scored = {"kl": windows(tokenizer, same, 40), "kl_other": windows(tokenizer, other, 40)}
+    return Texts(list(torch.stack(spread(tokenizer, train, 48)).split(8)), shuffled, scored)
+
+
+def scores(model: nn.Module, texts: Texts, references: dict[str, list[Tensor]]) -> dict[str, llama.Distance]:
+    """Distances to the float model on each text."""
+    return {label: llama.evaluate(model, rows, references[label]) for label, rows in texts.scored.items()}
+
+
+def compare(
+    case: Case, teacher: nn.Module, texts: Texts, references: dict[str, list[Tensor]], *, batch: int
+) -> dict[str, object]:
+    """Rounds to the smallest squared error, quantizes with GPTQ, trains from there; a row of the table."""
+    row: dict[str, object] = {"steps": case.steps, "batch": batch, "rate": case.rate}
+    found: dict[str, dict[str, llama.Distance]] = {}
+
+    def add(method: str, model: nn.Module, start: float) -> None:
+        row[f"{method}_seconds"] = time.perf_counter() - start
+        found[method] = scores(model, texts, references)
+        for label, distance in found[method].items():
+            row.update({f"{method}_{label}": distance.kl, f"{method}_{label}_ci": distance.kl_ci})
+        print(f"  {method}: KL {found[method]['kl'].kl:.4f}, {row[f'{method}_seconds']:.0f} s", flush=True)
+
+    for method, algorithm in (("mse", hb.MSE(weighting="none")), ("gptq", hb.GPTQ())):
+        start = time.perf_counter()
+        quantized = copy.deepcopy(teacher)
+        report = hb.quantize_(
+            quantized,
+            case.recipe,
+            data=texts.calibration,
+            algorithms=[algorithm],
+            progress=False,
+            on_fallback="allow",
+        )
+        add(method, quantized, start)
+    start = time.perf_counter()
+    student = hb.prepare_qat_(copy.deepcopy(teacher), case.recipe, weights="learned", on_fallback="allow")
+    hb.qat.start_from_(student, quantized)
+    distill(student, teacher, texts.training, steps=case.steps, batch=batch, rate=case.rate)
+    hb.convert_(student, progress=False)
+    add("trained", student, start)
+    for label in texts.scored:
+        ratio = llama.ratio_of_sums(found["trained"][label].row_kl, found["gptq"][label].row_kl)
+        row[f"ratio_{label}"], row[f"ratio_{label}_ci"] = ratio
+    plans = [m.plan for m in report.modules if m.plan.scheme is not None]
+    row["bits_per_weight"] = 8 * sum(p.bytes_after for p in plans) / sum(math.prod(p.shape or ()) for p in plans)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with lm/novels5M and text/")
-    parser.add_argument("--formats", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step")
-    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate at 2 bits and for ternary")
+    parser.add_argument("--formats", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, help="instead of the format's own number")
+    parser.add_argument("--rate", type=float, help="learning rate instead of the format's own")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
+    parser.add_argument("--validate", action="store_true", help="score on training text that was left out")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="append a line of results for each format")
+    parser.add_argument("--json", type=Path, help="merge the results into this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     teacher = llama.load_float(arguments.data, "novels5M")
-    tokenizer = Tokenizer.from_file(str(arguments.data / "lm" / "novels5M" / "tokenizer.json"))
-    train = (arguments.data / "text" / "novels_train.txt").read_text(encoding="utf-8")
-    evaluation = windows(tokenizer, (arguments.data / "text" / "novels_eval.txt").read_text(encoding="utf-8"), 40)
-    reference = llama.log_probs(teacher, evaluation)
-    calibration = list(torch.stack(spread(tokenizer, train, 48)).split(8))
-    rows = torch.stack(spread(tokenizer, train, arguments.steps * arguments.batch))
-    data = rows[torch.randperm(len(rows))].split(arguments.batch)
-    float_parts: dict[str, hb.Scheme | None] = {"model.embed_tokens": None, "lm_head": None}
+    texts = load_texts(arguments.data, validate=arguments.validate)
+    references = {label: llama.log_probs(teacher, rows) for label, rows in texts.scored.items()}
+    table: dict[str, dict[str, object]] = {}
     for name in arguments.formats:
-        recipe = hb.Recipe(default=SCHEMES[name], overrides=float_parts)
-        start = time.perf_counter()
-        quantized = copy.deepcopy(teacher)
-        report = hb.quantize_(
-            quantized, recipe, data=calibration, algorithms=[hb.GPTQ()], progress=False, on_fallback="allow"
-        )
-        before = llama.evaluate(quantized, evaluation, reference)
-        after_gptq = time.perf_counter()
-        print(f"{name}: GPTQ {before.kl:.4f}", flush=True)
-        student = hb.prepare_qat_(copy.deepcopy(teacher), recipe, weights="learned", on_fallback="allow")
-        hb.qat.start_from_(student, quantized)
-        rate = LEARNING_RATES.get(name, arguments.rate)
-        distill(student, teacher, data, rate=rate)
-        hb.convert_(student, progress=False)
-        after = llama.evaluate(student, evaluation, reference)
-        plans = [m.plan for m in report.modules if m.plan.scheme is not None]
-        row = {
-            "format": name,
-            "bits_per_weight": 8 * sum(p.bytes_after for p in plans) / sum(math.prod(p.shape or ()) for p in plans),
-            "gptq": before.kl,
-            "gptq_ci": before.kl_ci,
-            "trained": after.kl,
-            "trained_ci": after.kl_ci,
-            "perplexity": after.perplexity,
-            "steps": arguments.steps,
-            "batch": arguments.batch,
-            "rate": rate,
-            "gptq_seconds": after_gptq - start,
-            "seconds": time.perf_counter() - after_gptq,
-        }
-        print(
-            f"| {name} | {row['bits_per_weight']:.2f} | {before.kl:.4f} ± {before.kl_ci:.4f} "
-            f"| {after.kl:.4f} ± {after.kl_ci:.4f} | {after.perplexity:.2f} | {row['seconds']:.0f} |",
-            flush=True,
-        )
+        print(name, flush=True)
+        case = CASES[name]
+        case = replace(case, steps=arguments.steps or case.steps, rate=arguments.rate or case.rate)
+        table[name] = compare(case, teacher, texts, references, batch=arguments.batch)
         if arguments.json is not None:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            section = "validation" if arguments.validate else "novels5M"
+            output.merge_json(arguments.json, section, {name: table[name]})
+    print(qat_tables.language_table(table))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ __all__ = [
     "load_text",
     "log_probs",
     "plant_outliers",
+    "ratio_of_sums",
     "skeleton",
 ]
 
@@ -165,11 +166,12 @@ def log_probs(model: nn.Module, rows: Sequence[Tensor], *, batch: int = 8) -> li
     return result
 
 
-def _mean_and_half_width(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean per token and the half-width of its 95 % interval, from per-row sums and counts.
+def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+    """Ratio of the sums of two quantities over the same rows, and the half-width of its 95 % interval: a paired comparison.
 
-    Tokens of a row depend on each other, so the row is the unit: the linearized variance of a ratio of sums.
+    Tokens of a row depend on each other, so the row is the unit; linearized variance.
     """
+    sums, counts = (torch.tensor(values, dtype=torch.float64) for values in (numerators, denominators))
     total, rows = counts.sum(), len(sums)
     mean = sums.sum() / total
     if rows < 2:
@@ -192,6 +194,8 @@ class Distance:
     kl_ci: float = 0.0
     same_top1: float = 1.0
     row_nll: list[float] = field(default_factory=list, repr=False)
+    row_kl: list[float] = field(default_factory=list, repr=False)
+    """Sums over the tokens of each row."""
 
 
 def evaluate(
@@ -201,27 +205,28 @@ def evaluate(
 
     Half-widths are of 95 % intervals with the row as the unit; the change of perplexity is paired, row by row.
     """
-    nll, kl, same, nll_difference, counts = [], [], 0, [], []
+    nll: list[float] = []
+    kl: list[float] = []
+    nll_difference: list[float] = []
+    counts: list[int] = []
+    same = 0
     for at in range(0, len(rows), batch):
         part = rows[at : at + batch]
         for offset, (row, ours) in enumerate(zip(part, log_probs(model, part, batch=batch), strict=True)):
             target = row[1:, None]
-            loss = -ours.gather(1, target).double().sum()
-            nll.append(loss)
+            nll.append(-ours.gather(1, target).double().sum().item())
             counts.append(len(ours))
             if reference is not None:
                 theirs = reference[at + offset]
-                kl.append((theirs.double().exp() * (theirs.double() - ours.double())).sum())
+                kl.append((theirs.double().exp() * (theirs.double() - ours.double())).sum().item())
                 same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-                nll_difference.append(loss + theirs.gather(1, target).double().sum())
-    lengths = torch.tensor(counts, dtype=torch.float64)
-    total = int(lengths.sum())
-    perplexity = math.exp(torch.stack(nll).sum().item() / total)
-    row_nll = [value.item() for value in nll]
+                nll_difference.append(nll[-1] + theirs.gather(1, target).double().sum().item())
+    total = sum(counts)
+    perplexity = math.exp(sum(nll) / total)
     if reference is None:
-        return Distance(perplexity=perplexity, tokens=total, row_nll=row_nll)
-    kl_mean, kl_ci = _mean_and_half_width(torch.stack(kl), lengths)
-    change, change_ci = _mean_and_half_width(torch.stack(nll_difference), lengths)
+        return Distance(perplexity=perplexity, tokens=total, row_nll=nll)
+    kl_mean, kl_ci = ratio_of_sums(kl, counts)
+    change, change_ci = ratio_of_sums(nll_difference, counts)
     return Distance(
         perplexity=perplexity,
         tokens=total,
@@ -230,7 +235,8 @@ def evaluate(
         kl=kl_mean,
         kl_ci=kl_ci,
         same_top1=same / total,
-        row_nll=row_nll,
+        row_nll=nll,
+        row_kl=kl,
     )
 
 
