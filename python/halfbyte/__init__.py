@@ -31,6 +31,7 @@ from halfbyte.formats import (
 from halfbyte.fusion import FusionReport, fuse_
 from halfbyte.io import load_, save
 from halfbyte.kernel_info import KernelInfo, kernel_info
+from halfbyte.lowering import LoweredModel, LoweringReport, lower
 from halfbyte.parts import register_module
 from halfbyte.plan import Plan, PlanRow, Work
 from halfbyte.planning import plan
@@ -80,6 +81,8 @@ __all__ = [
     "Granularity",
     "IntFormat",
     "KernelInfo",
+    "LoweredModel",
+    "LoweringReport",
     "ModuleReport",
     "PerAxis",
     "PerGroup",
@@ -122,6 +125,7 @@ __all__ = [
     "int_weight_only",
     "kernel_info",
     "load_",
+    "lower",
     "measure_sensitivity",
     "nf4_weight_only",
     "nn",

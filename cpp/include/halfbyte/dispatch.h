@@ -16,6 +16,7 @@
 namespace halfbyte {
 
 struct ConvKernels;  // conv.h
+struct PoolKernels;  // pool.h
 
 struct KernelTable {
   const char* name;
@@ -27,6 +28,7 @@ struct KernelTable {
   const RecurrentKernels& recurrent;
   const EmbeddingBagKernels& embedding_bag;
   const ConvKernels& conv;
+  const PoolKernels& pool;
 };
 
 namespace scalar {

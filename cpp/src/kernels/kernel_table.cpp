@@ -16,5 +16,6 @@ constinit const KernelTable kernel_table = {
     .recurrent = recurrent_table,
     .embedding_bag = embedding_bag_table,
     .conv = conv_table,
+    .pool = pool_table,
 };
 }  // namespace halfbyte::HALFBYTE_LEVEL

@@ -21,6 +21,7 @@ extern const GptqKernels gptq_table;
 extern const RecurrentKernels recurrent_table;
 extern const EmbeddingBagKernels embedding_bag_table;
 extern const ConvKernels conv_table;
+extern const PoolKernels pool_table;
 
 }  // namespace
 
@@ -32,6 +33,7 @@ using HALFBYTE_BASE_LEVEL::elementwise_table;
 using HALFBYTE_BASE_LEVEL::embedding_bag_table;
 using HALFBYTE_BASE_LEVEL::gptq_table;
 using HALFBYTE_BASE_LEVEL::histogram_table;
+using HALFBYTE_BASE_LEVEL::pool_table;
 using HALFBYTE_BASE_LEVEL::recurrent_table;
 using HALFBYTE_BASE_LEVEL::training_table;
 }  // namespace halfbyte::HALFBYTE_LEVEL

@@ -18,21 +18,6 @@ struct Activations {
   bool channels_first;
 };
 
-// Whether the memory of x [N, C, ...] is that of a contiguous [N, ..., C]. Strides of single elements do not matter.
-bool is_channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  const auto fits = [&](int64_t dim) {
-    const bool fit = x.size(dim) == 1 || x.stride(dim) == expected;
-    expected *= x.size(dim);
-    return fit;
-  };
-  if (!fits(1)) return false;
-  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
-    if (!fits(dim)) return false;
-  }
-  return fits(0);
-}
-
 Tensor move_dim(Tensor x, int64_t from, int64_t to) {
   for (; from < to; ++from) x = torch::stable::transpose(x, from, from + 1);
   for (; from > to; --from) x = torch::stable::transpose(x, from, from - 1);

@@ -77,6 +77,10 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
                  int64_t out_min, int64_t out_max, OptionalTensor residual, OptionalTensor residual_scale,
                  OptionalTensor residual_zero_point);
 
+// program_ops.cpp: the integer part of a lowered model; lowering/program.py writes `steps` and `numbers`.
+std::vector<Tensor> run_program(std::vector<Tensor> inputs, std::vector<Tensor> constants, Tensor steps, Tensor numbers,
+                                int64_t arena, std::vector<int64_t> outputs);
+
 // embedding_ops.cpp: `tiled` says which layout qweight is in (a table shared with the output head is tiled).
 Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, OptionalTensor zero_point, int64_t bits,
                              int64_t num_embeddings, int64_t embedding_dim, int64_t group_size, bool tiled,

@@ -56,6 +56,9 @@ STABLE_TORCH_LIBRARY(halfbyte, m) {
       "Tensor? out_zero_point, int out_min, int out_max, Tensor? residual, Tensor? residual_scale, "
       "Tensor? residual_zero_point) -> Tensor");
   m.def(
+      "run_program(Tensor[] inputs, Tensor[] constants, Tensor steps, Tensor numbers, int arena, int[] outputs) -> "
+      "Tensor[]");
+  m.def(
       "embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Tensor? zero_point, int bits, "
       "int num_embeddings, int embedding_dim, int group_size, bool tiled, ScalarType dtype, Tensor? codebook=None) "
       "-> Tensor");
@@ -111,6 +114,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) {
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("conv_int8", TORCH_BOX(&conv_int8));
+  m.impl("run_program", TORCH_BOX(&run_program));
   m.impl("embedding_weight_only", TORCH_BOX(&embedding_weight_only));
   m.impl("hessian_update_", TORCH_BOX(&hessian_update_));
   m.impl("hessian_matrix", TORCH_BOX(&hessian_matrix));

@@ -81,6 +81,21 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Whether the memory of x [N, C, ...] is that of a contiguous [N, ..., C]. Strides of single elements do not matter.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  const auto fits = [&](int64_t dim) {
+    const bool fit = x.size(dim) == 1 || x.stride(dim) == expected;
+    expected *= x.size(dim);
+    return fit;
+  };
+  if (!fits(1)) return false;
+  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
+    if (!fits(dim)) return false;
+  }
+  return fits(0);
+}
+
 // Asks for huge pages. Memory that is fresh from the system costs a page fault for each 4 KB, together several times
 // what a kernel takes to write it; with huge pages one for each 2 MB.
 inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {

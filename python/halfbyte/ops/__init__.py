@@ -31,6 +31,7 @@ from halfbyte.ops.learned_codebook import (
 )
 from halfbyte.ops.linear import linear_int4_int8, linear_int8, linear_weight_only
 from halfbyte.ops.packing import Layout, empty_packed, pack, packed_shape, unpack
+from halfbyte.ops.program import run_program
 from halfbyte.ops.recurrent import Cell, Projection, recurrent, recurrent_cell
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "quantize",
     "recurrent",
     "recurrent_cell",
+    "run_program",
     "search_histogram",
     "search_qparams",
     "straight_through",
