@@ -182,10 +182,14 @@ class InputStatistics:
         """
         x = x.detach()
         for sample in torch.split(x.unsqueeze(0) if x.dim() == geometry.dims + 1 else x, 1):
-            rows = geometry.rows(sample).flatten(0, 1)
-            self._add(rows)
-            self.tokens += rows.shape[0]
+            rows = geometry.rows(sample)
+            self._add_groups(rows)
+            self.tokens += rows.shape[0] * rows.shape[1]
         self.batches += 1
+
+    def _add_groups(self, rows: Tensor) -> None:
+        """Adds `[groups, pixels, I]`."""
+        self._add(rows.flatten(0, 1))
 
     def _add(self, rows: Tensor) -> None:
         squares = rows.float().square().sum(dim=0, dtype=torch.float64)

@@ -191,6 +191,12 @@ def _solve(
     processes: Processes | None,
 ) -> RoundedLayer:
     """Rounds a weight; several processes take some of its rows each, which no algorithm mixes."""
+    if inputs.groups > 1 and rounding.by_groups and weight_format.granularity != PerTensor():
+        parts = [
+            rounding.round_layer(name, part, weight_format, its_inputs)
+            for part, its_inputs in zip(weight.chunk(inputs.groups), inputs.of_groups(), strict=True)
+        ]
+        return _joined(parts)
     if processes is None or weight_format.granularity == PerTensor():
         return rounding.round_layer(name, weight, weight_format, inputs)
     rows = processes.part(weight.shape[0], PANEL)
@@ -198,7 +204,11 @@ def _solve(
     with processes.failing_together():
         if rows.start < rows.stop:
             part = rounding.round_layer(name, weight[rows].contiguous(), weight_format, inputs)
-    parts = [part for part in processes.gather(part) if part is not None]
+    return _joined([part for part in processes.gather(part) if part is not None])
+
+
+def _joined(parts: Sequence[RoundedLayer]) -> RoundedLayer:
+    """The layer whose rows were rounded in parts; of their fallbacks, the first part's that has any."""
     zero_points = [part.codes.zero_point for part in parts if part.codes.zero_point is not None]
     codes = WeightCodes(
         torch.cat([part.codes.codes for part in parts]),
@@ -206,7 +216,7 @@ def _solve(
         torch.cat(zero_points) if zero_points else None,
         parts[0].codes.codebook,
     )
-    return RoundedLayer(codes, parts[0].fallbacks)
+    return RoundedLayer(codes, next((part.fallbacks for part in parts if part.fallbacks), ()))
 
 
 def _shift(preparation: Preparation, row: PlanRow, error: Tensor, begin: int) -> Tensor:

@@ -8,6 +8,7 @@ the float layer makes of y: in the least-squares sense the weight `W* = W G H^-1
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte import ops
@@ -18,29 +19,51 @@ from halfbyte.processes import Processes
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_DAMPING = 1e6
 _BLOCK = 128
+_TILE = 48  # width of what `ops.hessian_tiles` gives
 
 
 class InputHessian(InputStatistics):
     """`H` of a module's inputs over all tokens seen; registered as a forward pre-hook.
 
-    Holds `4 I^2` bytes: the lower triangle in float64; the drift, where there is one, takes twice as many.
+    A convolution with groups of channels has one for each group: `matrix()` is their mean. Several small ones are collected
+    as one over the inputs of several groups, of which the squares on the diagonal count.
+
+    Holds `4 I^2` bytes a group: the lower triangle in float64; the drift, where there is one, takes twice as many.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._tiles: Tensor | None = None
+        self._tiles: Tensor | None = None  # of each set of groups
         self._drift: Tensor | None = None
         self._features = 0
+        self.groups = 1
         self._factor: tuple[float, Tensor, tuple[Tensor, float]] | None = None
 
     def _add(self, rows: Tensor) -> None:
+        self._add_groups(rows[None])
+
+    def _add_groups(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
             raise self._not_finite()
         if self._tiles is None:
-            self._features = rows.shape[1]
-            self._tiles = ops.hessian_tiles(self._features)
+            self.groups, self._features = rows.shape[0], rows.shape[2]
+            self._tiles = self._no_tiles()
         self._factor = None
-        ops.hessian_update_(self._tiles, rows if rows.dtype in _FLOAT_DTYPES else rows.float())
+        rows = rows if rows.dtype in _FLOAT_DTYPES else rows.float()
+        if self.groups > 1:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, -self.groups % self._together))
+            rows = rows.reshape(-1, self._together, *rows.shape[1:]).transpose(1, 2).flatten(2)
+        for tiles, part in zip(self._tiles, rows, strict=True):
+            ops.hessian_update_(tiles, part)
+
+    @property
+    def _together(self) -> int:
+        """Groups whose inputs are taken as those of one, to fill a tile."""
+        return min(self.groups, max(1, _TILE // self._features))
+
+    def _no_tiles(self) -> Tensor:
+        tiles = ops.hessian_tiles(self._together * self._features)
+        return torch.zeros(-(-self.groups // self._together), *tiles.shape, dtype=tiles.dtype)
 
     def update_drift(self, x: Tensor, float_x: Tensor) -> None:
         """Adds to the drift of a batch `[..., I]` that `update` was given.
@@ -60,15 +83,16 @@ class InputHessian(InputStatistics):
         rows = rows if rows.dtype in _FLOAT_DTYPES else rows.float()
         ops.cross_hessian_update_(self._drift, (float_rows - rows).to(rows.dtype), rows)
 
-    def add_up(self, processes: Processes, features: int) -> None:
+    def add_up(self, processes: Processes, features: int, groups: int) -> None:
         """Replaces the sums by those of all processes.
 
         Args:
             processes: Each has its own sums.
-            features: I, for a process that no token reached.
+            features, groups: I and the number of Hessians, for a process that no token reached.
         """
         if self._tiles is None:
-            self._features, self._tiles = features, ops.hessian_tiles(features)
+            self._features, self.groups = features, groups
+            self._tiles = self._no_tiles()
         processes.add_up_(self._tiles)
         if any(processes.gather(self._drift is not None)):
             if self._drift is None:
@@ -90,12 +114,11 @@ class InputHessian(InputStatistics):
         """Adds what all processes of the default group have seen since to what was set aside."""
         super().end_share()
         processes = Processes()
-        features = max(processes.gather(self._features))
-        if not features:
+        self._features, self.groups = max(processes.gather((self._features, self.groups)))
+        if not self._features:
             return
-        self._features = features
         if self._tiles is None:
-            self._tiles = ops.hessian_tiles(features)
+            self._tiles = self._no_tiles()
         processes.add_up_(self._tiles)
         if self._aside_tiles is not None:
             self._tiles += self._aside_tiles
@@ -122,14 +145,34 @@ class InputHessian(InputStatistics):
         return self.matrix().diagonal().float()
 
     def matrix(self) -> Tensor:
-        """`[I, I]` float64.
+        """`[I, I]` float64; the mean over groups.
 
         Raises:
             QuantizationError: the module never ran.
         """
         if self._tiles is None or self.tokens == 0:
             raise self._never_ran()
-        return ops.hessian_matrix(self._tiles, self._features).div_(self.tokens)
+        if self.groups > 1:
+            return self._sums_of_groups().sum(0).div_(self.tokens)
+        return ops.hessian_matrix(self._tiles[0], self._features).div_(self.tokens)
+
+    def of_groups(self) -> list[InputHessian]:
+        """That of each group of channels."""
+        if self._tiles is None or self.tokens == 0:
+            raise self._never_ran()
+        if self.groups == 1:
+            return [self]
+        return [_GroupHessian(self._name, sums, self.tokens // self.groups) for sums in self._sums_of_groups()]
+
+    def _sums_of_groups(self) -> Tensor:
+        """`[groups, I, I]`."""
+        assert self._tiles is not None
+        parts = []
+        for tiles in self._tiles:
+            joint = ops.hessian_matrix(tiles, self._together * self._features)
+            squares = joint.view(self._together, self._features, self._together, self._features)
+            parts.append(squares.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        return torch.cat(parts)[: self.groups]
 
     def discard_drift(self) -> None:
         """As if `update_drift` had never been called."""
@@ -138,6 +181,17 @@ class InputHessian(InputStatistics):
     def drift(self) -> Tensor | None:
         """`[I, I]` float64, or None where the float model's inputs were not given."""
         return None if self._drift is None else self._drift / self.tokens
+
+
+class _GroupHessian(InputHessian):
+    """That of one group of channels, taken out of all."""
+
+    def __init__(self, name: str, sums: Tensor, tokens: int) -> None:
+        super().__init__(name)
+        self._sums, self.tokens = sums, tokens
+
+    def matrix(self) -> Tensor:
+        return self._sums / self.tokens
 
 
 def hessian_bytes(in_features: int, *, drift: bool) -> int:

@@ -303,7 +303,7 @@ class _Section:
         if not paired:
             inputs.discard_drift()
         if self.resources.processes is not None:
-            inputs.add_up(self.resources.processes, hessian_features(layer))
+            inputs.add_up(self.resources.processes, *hessian_shape(layer))
         return inputs
 
     def _observe(self, stage: _Stage, inputs: InputHessian) -> bool:
@@ -392,13 +392,13 @@ def _round_outside(
                 expected = {name: [] for name in names}
     for name, hessian in inputs.items():
         if resources.processes is not None:
-            hessian.add_up(resources.processes, hessian_features(model.get_submodule(name)))
+            hessian.add_up(resources.processes, *hessian_shape(model.get_submodule(name)))
         round_layer(name, model.get_submodule(name), hessian)
 
 
-def hessian_features(layer: nn.Module) -> int:
-    """Width of a layer's Hessian."""
-    return weight_shape(layer)[1]
+def hessian_shape(layer: nn.Module) -> tuple[int, int]:
+    """Width of a layer's Hessians, and their number."""
+    return weight_shape(layer)[1], layer.groups if isinstance(layer, ConvModule) else 1
 
 
 @contextmanager

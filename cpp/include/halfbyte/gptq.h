@@ -23,7 +23,7 @@
 namespace halfbyte {
 
 constexpr int64_t kPanelWidth = 48;      // columns of a Hessian tile; rows of a weight that are rounded together
-constexpr int64_t kPanelsPerBlock = 4;   // at most: a block of tiles is what one call of hessian_block adds
+constexpr int64_t kPanelsPerBlock = 12;  // at most: a block of tiles is what one call of hessian_block adds
 constexpr int64_t kTokenChunk = 4096;    // tokens summed in float32
 constexpr int64_t kFeedbackColumns = 8;  // columns in one panel of feedback factors
 constexpr int64_t kRoundBlock = 128;     // columns whose errors are fed back at once

@@ -4,7 +4,7 @@
 // weights; a slot's error takes its place once it is rounded. Before a block of up to 128 slots, the errors of all
 // slots before it are fed back by register-blocked products: nearly all of the work, bound by the FMA units. A task has
 // several panels, so that a chunk of factors read from memory serves them all. Inside a block a slot's error goes at
-// once to the slots after it: 128^2 / 2 * 3 vectors a panel and block, bound by stores.
+// once to the rest of its 32 slots, bound by stores, and the errors of those 32 by a product to the rest of the block.
 #pragma once
 #include "polish.inl.h"
 
@@ -122,14 +122,23 @@ inline void search_group(const RoundProblem& p, const RoundScratch& scratch, con
   }
 }
 
-inline void round_block(const RoundProblem& p, const RoundScratch& scratch, const Panel& panel, const RoundBlock& block,
-                        float* losses) {
+// Slots [begin, end) of a block whose errors go to one another at once. Where a scale is searched for, all targets of
+// its group must be up to date by then, so that groups must not begin in the midst of such slots and end after them.
+inline int64_t slots_at_once(const RoundProblem& p) {
+  constexpr int64_t kSlots = 32;
+  const bool aligned = !p.search || p.group_size % kSlots == 0 || kSlots % p.group_size == 0;
+  return aligned ? kSlots : kRoundBlock;
+}
+
+// Rounds slots [begin, end) of a block.
+inline void round_slots(const RoundProblem& p, const RoundScratch& scratch, const Panel& panel, const RoundBlock& block,
+                        int64_t begin, int64_t end, float* losses) {
   const CodeLimits limits = code_limits(p.options);
   const e::Lanes lowest = e::broadcast(limits.lowest), highest = e::broadcast(limits.highest);
   const e::Lanes one = e::broadcast(1.f), zero = e::broadcast(0.f);
   const bool has_codebook = p.options.codebook != nullptr;
   const e::Codebook codebook(p.options);
-  for (int64_t s = block.begin; s < block.end; ++s) {
+  for (int64_t s = begin; s < end; ++s) {
     const int64_t column = p.column_of_slot[s];
     if (column < 0) continue;  // its error is the zero it was loaded with
     const int64_t group = column / p.group_size;
@@ -168,10 +177,19 @@ inline void round_block(const RoundProblem& p, const RoundScratch& scratch, cons
       e::store_codes(scratch.codes + (s - block.begin) * kPanelWidth + at,
                      limits.binary ? e::max(code, zero) : code + center);
     }
-    // At once to the rest of the block.
-    for (int64_t later = s + 1; later < block.end; ++later) {
+    for (int64_t later = s + 1; later < end; ++later) {
       add_scaled(feedback_factor(p, s, later), errors, panel.targets + (later - block.range_begin) * kPanelWidth);
     }
+  }
+}
+
+inline void round_block(const RoundProblem& p, const RoundScratch& scratch, const Panel& panel, const RoundBlock& block,
+                        float* losses) {
+  const int64_t at_once = slots_at_once(p);
+  for (int64_t begin = block.begin; begin < block.end; begin += at_once) {
+    const int64_t end = std::min(begin + at_once, block.end);
+    round_slots(p, scratch, panel, block, begin, end, losses);
+    feed_back(p, &panel, 1, block.range_begin, end, block.end, begin, end);
   }
   for (int64_t r = 0; r < panel.rows; ++r) {
     uint8_t* out = p.codes + (panel.row + r) * p.columns;

@@ -118,7 +118,6 @@ inline void hessian_block(const HessianInput& input, const PanelBlock& block, do
   float* left = sums + kPanelsPerBlock * kPanelsPerBlock * kTile;
   float* right = left + kPanelsPerBlock * kPanelFloats;
   const bool symmetric = input.y == nullptr, diagonal = symmetric && block.row_begin == block.column_begin;
-  std::memset(sums, 0, sizeof(float) * kPanelsPerBlock * kPanelsPerBlock * kTile);
   const auto for_each_tile = [&](auto f) {
     for (int64_t i = block.row_begin; i < block.row_end; ++i) {
       for (int64_t j = block.column_begin; j < (symmetric ? std::min(block.column_end, i + 1) : block.column_end);
@@ -128,6 +127,7 @@ inline void hessian_block(const HessianInput& input, const PanelBlock& block, do
       }
     }
   };
+  for_each_tile([](int64_t, int64_t, int64_t, int64_t, float* sum) { std::memset(sum, 0, sizeof(float) * kTile); });
   for (int64_t begin = 0; begin < input.tokens; begin += kDepth) {
     const int64_t count = std::min(kDepth, input.tokens - begin);
     pack_panels<Type>(input, symmetric ? input.x : input.y, begin, count, block.row_begin, block.row_end, left);

@@ -1,6 +1,9 @@
 // hessian_update_, cross_hessian_update_, hessian_matrix, gptq_round: checks, the order of the columns, the factors as
 // the kernel reads them, threads.
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "aligned_scratch.h"
@@ -18,8 +21,26 @@ void check_tiles(const Tensor& tiles, int64_t features) {
         ", which ", features, " features need");
 }
 
-// Small Hessians are cut into smaller blocks, so that every thread gets some.
-int64_t panels_per_block(int64_t panels) { return panels < 4 * kPanelsPerBlock ? 2 : kPanelsPerBlock; }
+// Blocks of `side` by `side` tiles, which threads take one after another: large ones, since each reads its inputs from
+// memory again, but at least eight a thread.
+int64_t panels_per_block(int64_t panels) {
+  const double threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(static_cast<int64_t>(static_cast<double>(panels) / (4 * std::sqrt(threads))), 1,
+                             kPanelsPerBlock);
+}
+
+// add(block, scratch) for every block; those on the diagonal, half the work, come last.
+template <class Add>
+void for_each_block(std::vector<PanelBlock> blocks, const Add& add) {
+  std::stable_partition(blocks.begin(), blocks.end(),
+                        [](const PanelBlock& block) { return block.row_begin != block.column_begin; });
+  const auto count = static_cast<int64_t>(blocks.size());
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const AlignedScratch scratch(kernels().gptq.hessian_scratch * static_cast<int64_t>(sizeof(float)));
+    for (int64_t b = next++; b < count; b = next++) add(blocks[static_cast<size_t>(b)], scratch.floats());
+  });
+}
 
 // Slots in visiting order, blocks and ranges.
 struct Visit {
@@ -67,13 +88,10 @@ void hessian_update_(Tensor tiles, Tensor x) {
   const auto* in = static_cast<const char*>(rows.const_data_ptr());
   auto* sums = static_cast<double*>(tiles.mutable_data_ptr());
   const int64_t row_bytes = features * (type == FloatType::kFloat32 ? 4 : 2);
-  parallel_for(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    const AlignedScratch scratch(kernel.hessian_scratch * static_cast<int64_t>(sizeof(float)));
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t first = 0; first < tokens; first += kTokenChunk) {
-        const HessianInput input = {in + first * row_bytes, type, std::min(kTokenChunk, tokens - first), features};
-        kernel.hessian_block(input, blocks[static_cast<size_t>(b)], sums, scratch.floats());
-      }
+  for_each_block(std::move(blocks), [&](const PanelBlock& block, float* scratch) {
+    for (int64_t first = 0; first < tokens; first += kTokenChunk) {
+      const HessianInput input = {in + first * row_bytes, type, std::min(kTokenChunk, tokens - first), features};
+      kernel.hessian_block(input, block, sums, scratch);
     }
   });
 }
@@ -89,22 +107,22 @@ void cross_hessian_update_(Tensor matrix, Tensor y, Tensor x) {
   check(matrix.is_contiguous(), "matrix is not contiguous");
   const Tensor left = as_contiguous(y), right = as_contiguous(x);
   const int64_t panels = ceil_div(features, kPanelWidth), side = panels_per_block(panels);
-  const int64_t blocks = ceil_div(panels, side);
+  std::vector<PanelBlock> blocks;
+  for (int64_t i = 0; i < panels; i += side) {
+    for (int64_t j = 0; j < panels; j += side) {
+      blocks.push_back({i, std::min(i + side, panels), j, std::min(j + side, panels)});
+    }
+  }
   const GptqKernels& kernel = kernels().gptq;
   const auto* left_rows = static_cast<const char*>(left.const_data_ptr());
   const auto* right_rows = static_cast<const char*>(right.const_data_ptr());
   auto* sums = static_cast<double*>(matrix.mutable_data_ptr());
   const int64_t row_bytes = features * (type == FloatType::kFloat32 ? 4 : 2);
-  parallel_for(blocks * blocks, 1, [&](int64_t begin, int64_t end) {
-    const AlignedScratch scratch(kernel.hessian_scratch * static_cast<int64_t>(sizeof(float)));
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t i = b / blocks * side, j = b % blocks * side;
-      const PanelBlock block = {i, std::min(i + side, panels), j, std::min(j + side, panels)};
-      for (int64_t first = 0; first < tokens; first += kTokenChunk) {
-        const HessianInput input = {right_rows + first * row_bytes, type, std::min(kTokenChunk, tokens - first),
-                                    features, left_rows + first * row_bytes};
-        kernel.hessian_block(input, block, sums, scratch.floats());
-      }
+  for_each_block(std::move(blocks), [&](const PanelBlock& block, float* scratch) {
+    for (int64_t first = 0; first < tokens; first += kTokenChunk) {
+      const HessianInput input = {right_rows + first * row_bytes, type, std::min(kTokenChunk, tokens - first), features,
+                                  left_rows + first * row_bytes};
+      kernel.hessian_block(input, block, sums, scratch);
     }
   });
 }
@@ -194,20 +212,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
     if (visit.column_of_slot[static_cast<size_t>(s)] >= 0) position[static_cast<size_t>(s)] = visited_columns++;
   }
   const auto* matrix = static_cast<const float*>(factors.const_data_ptr());
-  parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      float* out = feedback.floats() + feedback_offset(panel);
-      for (int64_t j = 0; j < (panel + 1) * kFeedbackColumns; ++j) {
+  for (int64_t s = 0; s < slots; ++s) {
+    const int64_t k = position[static_cast<size_t>(s)];
+    if (k >= 0) pivot[static_cast<size_t>(s)] = matrix[k * columns + k];
+  }
+  // Eight panels read a row of the matrix together, whole cache lines of it.
+  constexpr int64_t kTogether = 8;
+  parallel_for(ceil_div(panels, kTogether), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kTogether; first < std::min(end * kTogether, panels); first += kTogether) {
+      const int64_t last = std::min(first + kTogether, panels);
+      for (int64_t j = 0; j < last * kFeedbackColumns; ++j) {
         const int64_t row = position[static_cast<size_t>(j)];
-        for (int64_t c = 0; c < kFeedbackColumns; ++c) {
-          const int64_t s = panel * kFeedbackColumns + c, k = position[static_cast<size_t>(s)];
-          const bool used = row >= 0 && k > row;
-          out[j * kFeedbackColumns + c] = used ? matrix[row * columns + k] / matrix[k * columns + k] : 0.f;
-          if (j == s && k >= 0) pivot[static_cast<size_t>(s)] = matrix[k * columns + k] * matrix[k * columns + k];
+        for (int64_t panel = std::max(first, j / kFeedbackColumns); panel < last; ++panel) {
+          float* out = feedback.floats() + feedback_offset(panel) + j * kFeedbackColumns;
+          const int64_t slot = panel * kFeedbackColumns, k = position[static_cast<size_t>(slot)];
+          if (row >= 0 && k > row && position[static_cast<size_t>(slot + kFeedbackColumns - 1)] >= 0) {
+            const float* in = matrix + row * columns + k;
+            for (int64_t c = 0; c < kFeedbackColumns; ++c) out[c] = in[c] / pivot[static_cast<size_t>(slot + c)];
+            continue;
+          }
+          for (int64_t c = 0; c < kFeedbackColumns; ++c) {
+            const int64_t column = position[static_cast<size_t>(slot + c)];
+            const bool used = row >= 0 && column > row;
+            out[c] = used ? matrix[row * columns + column] / pivot[static_cast<size_t>(slot + c)] : 0.f;
+          }
         }
       }
     }
   });
+  for (float& diagonal : pivot) diagonal *= diagonal;
 
   const RoundProblem problem = {
       .weight = weights.const_data_ptr(),

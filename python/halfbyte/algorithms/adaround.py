@@ -70,6 +70,11 @@ class AdaRound:
         """Never."""
         return False
 
+    @property
+    def by_groups(self) -> bool:
+        """Never: gradient descent over each group apart would take too long."""
+        return False
+
     def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
         return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)

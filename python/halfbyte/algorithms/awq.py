@@ -74,6 +74,11 @@ class AWQ:
         """Never: ranges are chosen for the weights as they are."""
         return False
 
+    @property
+    def by_groups(self) -> bool:
+        """Always: a group of channels has inputs of its own."""
+        return True
+
     def check(self, plan: Plan) -> None:
         """Raises if no layer gets integer weights."""
         if not any(row.scheme is not None and _integer_weight(row.scheme) for row in plan.targets):

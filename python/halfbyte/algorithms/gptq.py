@@ -81,6 +81,11 @@ class GPTQ:
         """With error feedback."""
         return self.error_feedback > 0
 
+    @property
+    def by_groups(self) -> bool:
+        """Always: a group of channels has inputs of its own."""
+        return True
+
     def round(self, weight: Tensor, weight_format: PackedFormat, importance: Tensor | None) -> WeightCodes:
         """Rounds rows of a table, which has no Hessian."""
         return MSE(grid=self.grid, max_shrink=self.max_shrink).round(weight, weight_format, importance)

@@ -56,6 +56,11 @@ class HessianRounding(Rounding, Protocol):
         """Whether the float model's inputs are compared with those that the quantized layers before produce."""
         ...
 
+    @property
+    def by_groups(self) -> bool:
+        """Whether convolutions with groups come as one weight a group, with its own Hessian, or whole, with the mean of all."""
+        ...
+
     def round_layer(self, name: str, weight: Tensor, weight_format: PackedFormat, inputs: InputHessian) -> RoundedLayer:
         """Integers and qparams of a weight.
 
