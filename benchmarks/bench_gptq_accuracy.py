@@ -5,16 +5,20 @@
 novels5M, all Linear weights but the tied head. Bits per weight count codes, scales, zero points and padding, as stored.
 Calibration: windows of 256 tokens spread over `novels_train.txt`. Evaluation: the first windows of `novels_eval.txt`, and of
 `tinyshakespeare.txt`, which is another kind of text. ggml's types are rounded by its own library, with the mean squares of
-the inputs on the same calibration windows where a row says `imatrix`, and evaluated in the same model.
+the inputs on the same calibration windows where a row says `imatrix`, and evaluated in the same model. So are the weights
+that other libraries' GPTQ gives (`peer_gptq.py`), each in a Python of its own: `--peers llm-compressor=PYTHON`.
 """
 
 import argparse
 import copy
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -96,6 +100,24 @@ def ggml(
     return copied, ggml_types.BITS[name], time.perf_counter() - start
 
 
+def peer(
+    model: nn.Module, library: str, python: str, folder: Path, bits: int, group: int, data: list[Tensor]
+) -> tuple[nn.Module, float, float]:
+    """The float model with the weights of another library's GPTQ; scales count 16 bits, zero points as many as a code."""
+    copied = copy.deepcopy(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokens, weights = Path(temporary) / "tokens.safetensors", Path(temporary) / "weights.safetensors"
+        save_file({"tokens": torch.cat(data)}, tokens)
+        script = Path(__file__).with_name("peer_gptq.py")
+        command = [python, str(script), library, "--model", str(folder), "--calibration", str(tokens)]
+        command += ["--bits", str(bits), "--group", str(group), "--threads", str(torch.get_num_threads())]
+        output_of = subprocess.run([*command, "--out", str(weights)], check=True, capture_output=True, text=True).stdout
+        found = load_file(weights)
+    for name, layer in layers_of(copied).items():
+        layer.weight = nn.Parameter(found[name], requires_grad=False)
+    return copied, bits + (16 + bits) / group, float(output_of.split()[-1])
+
+
 def mean_squares(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
     statistics = {name: InputStatistics(name) for name in layers_of(model)}
     handles = [layer.register_forward_pre_hook(statistics[name]) for name, layer in layers_of(model).items()]
@@ -133,6 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--types", nargs="+", choices=ggml_types.BITS, default=["Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K"]
     )
+    parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON", help="of peer_gptq.py")
     parser.add_argument("--calibration", type=int, default=48, help="windows")
     parser.add_argument("--windows", type=int, default=40, help="evaluated of each text")
     parser.add_argument("--threads", type=int, default=2)
@@ -171,6 +194,14 @@ def main() -> None:
     for label in arguments.formats:
         for method in arguments.methods:
             add(f"{label}: {method}", quantized(model, METHODS[method](), FORMATS[label], list(calibration)))
+        for library, _, python in (text.partition("=") for text in arguments.peers):
+            weight_format = FORMATS[label].default.weight
+            group = weight_format.group_size(llama.ROW)
+            folder = arguments.data / "lm" / "novels5M"
+            add(
+                f"{label}: {library}",
+                peer(model, library, python, folder, weight_format.bits, group, list(calibration)),
+            )
     if arguments.ggml is not None:
         library, importance = ggml_types.Ggml(arguments.ggml), mean_squares(model, list(calibration))
         for name in arguments.types:
