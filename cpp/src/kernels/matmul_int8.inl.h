@@ -316,15 +316,15 @@ void int8_blocked(Int8Tile& t, int64_t rows) {
         t.codes[p] = t.scratch.block + std::min(p, t.panels.present - 1) * kBlock * kPanel;
       }
     }
-    // The panels' streams are dealt out over the row tiles.
-    int begin = 0;
+    // The panels' streams are dealt out evenly over the row tiles.
     with_row_tiles(bits, [&]<size_t Rows>(const Int8RowTile(&tiles)[Rows]) {
-      const auto share = static_cast<int>(ceil_div(kTilePanels, ceil_div(rows, static_cast<int64_t>(Rows))));
+      const auto count = static_cast<int>(ceil_div(rows, static_cast<int64_t>(Rows)));
+      int tile = 0;
       run_row_tiles(tiles, rows, [&](Int8RowTile run, int64_t r) {
         Ahead part = ahead;
-        part.count = std::min(share, kTilePanels - begin);
+        const int begin = tile * kTilePanels / count, end = ++tile * kTilePanels / count;
+        part.count = end - begin;
         for (int i = 0; i < part.count; ++i) part.streams[i] = ahead.streams[begin + i];
-        begin += part.count;
         run(t, t.row_begin + r, cursor, k_end, part);
       });
     });

@@ -126,7 +126,7 @@ class HeadProduct {
 
 template <class F>
 Tensor product_of_heads(const Heads& heads, bool values, const F& compute) {
-  Tensor y = new_tensor(heads.a, {heads.count, heads.rows, heads.outer}, ScalarType::Float);
+  Tensor y = new_tensor({heads.count, heads.rows, heads.outer}, ScalarType::Float);
   if (y.numel() == 0) return y;
   auto* out = static_cast<float*>(y.mutable_data_ptr());
   if (heads.inner == 0) {  // no tokens to attend to

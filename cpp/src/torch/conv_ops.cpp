@@ -194,8 +194,8 @@ Tensor conv_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_poi
   std::vector<int64_t> last_sizes = c.y_sizes;
   std::rotate(last_sizes.begin() + 1, last_sizes.begin() + 2, last_sizes.end());
   const ScalarType y_type = codes_out ? ScalarType::Char : codes_in ? ScalarType::Float : x.scalar_type();
-  const Tensor y_last = new_tensor(x, last_sizes, y_type);  // [N, ..., O]
-  Tensor y = channels_first && !codes_out ? new_tensor(x, c.y_sizes, y_type) : move_dim(y_last, x.dim() - 1, 1);
+  const Tensor y_last = new_tensor(last_sizes, y_type);  // [N, ..., O]
+  Tensor y = channels_first && !codes_out ? new_tensor(c.y_sizes, y_type) : move_dim(y_last, x.dim() - 1, 1);
   if (y.numel() == 0) return y;
 
   const bool turned = channels_first && !codes_out && s.out_channels > 1 && s.out_pixels() > 1;

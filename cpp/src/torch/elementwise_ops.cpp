@@ -89,7 +89,7 @@ void over_elements(int64_t count, const F& f) {
 Tensor fake_quantize_into(const Tensor& x, const Grid& grid, uint8_t* mask) {
   const FloatType type = float_type(x, "x");
   const Tensor input = as_contiguous(x);
-  Tensor output = new_tensor(input, input.sizes(), input.scalar_type());
+  Tensor output = new_tensor(input.sizes(), input.scalar_type());
   const void* in = input.const_data_ptr();
   void* out = output.mutable_data_ptr();
   const auto kernel = kernels().elementwise.fake_quantize;
@@ -196,7 +196,7 @@ Tensor fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, in
 std::tuple<Tensor, Tensor> fake_quantize_train(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
                                                OptionalInt axis, OptionalInt group_size) {
   const Grid grid(x, scale, zero_point, qmin, qmax, axis, group_size);
-  Tensor mask = new_tensor(x, {ceil_div(x.numel(), 8)}, ScalarType::Byte);
+  Tensor mask = new_tensor({ceil_div(x.numel(), 8)}, ScalarType::Byte);
   Tensor y = fake_quantize_into(x, grid, static_cast<uint8_t*>(mask.mutable_data_ptr()));
   return {y, mask};
 }
@@ -207,7 +207,7 @@ Tensor fake_quantize_backward(Tensor grad, Tensor mask) {
   const Tensor grad_out = as_contiguous(grad);
   check(mask.is_contiguous() && mask.numel() == ceil_div(grad_out.numel(), 8), "mask has ", mask.numel(),
         " bytes; a gradient of ", grad_out.numel(), " elements needs ", ceil_div(grad_out.numel(), 8));
-  Tensor grad_in = new_tensor(grad_out, grad_out.sizes(), grad_out.scalar_type());
+  Tensor grad_in = new_tensor(grad_out.sizes(), grad_out.scalar_type());
   const void* in = grad_out.const_data_ptr();
   const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   void* out = grad_in.mutable_data_ptr();
@@ -222,10 +222,7 @@ Tensor quantize(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t
   const Grid grid(x, scale, zero_point, qmin, qmax, axis, group_size);
   const Tensor input = as_contiguous(x);
   const bool is_int8 = qmin < 0 && qmin >= -128 && qmax <= 127, is_uint8 = qmin >= 0 && qmax <= 255;
-  Tensor q = new_tensor(input, input.sizes(),
-                        is_int8    ? ScalarType::Char
-                        : is_uint8 ? ScalarType::Byte
-                                   : ScalarType::Int);
+  Tensor q = new_tensor(input.sizes(), is_int8 ? ScalarType::Char : is_uint8 ? ScalarType::Byte : ScalarType::Int);
   const void* in = input.const_data_ptr();
   void* out = q.mutable_data_ptr();
   const CodeType code = code_type(q);
@@ -241,7 +238,7 @@ Tensor dequantize(Tensor q, Tensor scale, Tensor zero_point, OptionalInt axis, O
   const CodeType code = code_type(q);
   const Grid grid(q, scale, zero_point, 0, 0, axis, group_size);
   const Tensor input = as_contiguous(q);
-  Tensor y = new_tensor(input, input.sizes(), dtype);
+  Tensor y = new_tensor(input.sizes(), dtype);
   const void* in = input.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const auto kernel = kernels().elementwise.dequantize;
@@ -256,7 +253,7 @@ std::tuple<Tensor, Tensor> observe_minmax(Tensor x, OptionalInt axis, OptionalIn
   check(x.numel() > 0 || runs.channels == 0, "x is empty: it has no minimum and maximum");
   const Tensor input = as_contiguous(x);
   const std::vector<int64_t> shape = qparams_shape(x, runs, axis, group_size);
-  Tensor lo = new_tensor(x, shape, ScalarType::Float), hi = new_tensor(x, shape, ScalarType::Float);
+  Tensor lo = new_tensor(shape, ScalarType::Float), hi = new_tensor(shape, ScalarType::Float);
   if (runs.channels == 0) return {lo, hi};
   const bool columns = axis && runs.run_length < kShortRun && x.numel() > runs.channels * runs.run_length;
   (columns ? observe_columns : observe_runs)(input, type, runs, static_cast<float*>(lo.mutable_data_ptr()),
@@ -286,9 +283,9 @@ std::tuple<Tensor, Tensor, Tensor> search_qparams(Tensor w, OptionalTensor impor
     shared = as_contiguous(*importance);
   }
   const int64_t groups = columns / group_size;
-  Tensor scale = new_tensor(w, {rows, groups}, scale_dtype);
-  Tensor zero_point = new_tensor(w, {rows, groups}, ScalarType::Int);
-  Tensor loss = new_tensor(w, {rows, groups}, ScalarType::Float);
+  Tensor scale = new_tensor({rows, groups}, scale_dtype);
+  Tensor zero_point = new_tensor({rows, groups}, ScalarType::Int);
+  Tensor loss = new_tensor({rows, groups}, ScalarType::Float);
   const SearchOptions options = {.bits = static_cast<int>(bits),
                                  .symmetric = symmetric,
                                  .narrow_range = narrow_range,

@@ -266,7 +266,7 @@ Tensor embedding_bag_weight_only(Tensor indices, Tensor offsets, OptionalTensor 
                                   .group_size = group_size,
                                   .bits = shape.bits},
                        .codebook = codebook ? check_codebook_table(*codebook, bits, zero_point) : nullptr};
-  Tensor y = new_tensor(qweight, {bags, embedding_dim}, dtype);
+  Tensor y = new_tensor({bags, embedding_dim}, dtype);
   auto* out = static_cast<std::byte*>(y.mutable_data_ptr());
   const float* weight_data = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
   const auto row_size = embedding_dim * (type == FloatType::kFloat32 ? 4 : 2);

@@ -125,7 +125,7 @@ Tensor embedding_weight_only(Tensor indices, Tensor qweight, Tensor scale, Optio
   const auto sizes = indices.sizes();
   std::vector<int64_t> y_sizes(sizes.begin(), sizes.end());
   y_sizes.push_back(embedding_dim);
-  Tensor y = new_tensor(qweight, y_sizes, dtype);
+  Tensor y = new_tensor(y_sizes, dtype);
   if (embedding_dim == 0) return y;
 
   const Table table = {.shape = shape,

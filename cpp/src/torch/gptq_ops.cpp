@@ -130,7 +130,7 @@ void cross_hessian_update_(Tensor matrix, Tensor y, Tensor x) {
 Tensor hessian_matrix(Tensor tiles, int64_t features) {
   check(features >= 1, "features=", features, " is not positive");
   check_tiles(tiles, features);
-  Tensor matrix = new_tensor(tiles, {features, features}, ScalarType::Double);
+  Tensor matrix = new_tensor({features, features}, ScalarType::Double);
   const auto* sums = static_cast<const double*>(tiles.const_data_ptr());
   auto* out = static_cast<double*>(matrix.mutable_data_ptr());
   constexpr int64_t kTile = kPanelWidth * kPanelWidth;
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
     check(!search || column / group_size == columns_in_order[k / group_size * group_size] / group_size,
           "order takes a group apart whose scale is to be searched for");
   }
-  Tensor scales = new_tensor(weight, {rows, groups}, ScalarType::Float);
-  Tensor zero_points = new_tensor(weight, {rows, groups}, ScalarType::Int);
+  Tensor scales = new_tensor({rows, groups}, ScalarType::Float);
+  Tensor zero_points = new_tensor({rows, groups}, ScalarType::Int);
   if (!search) {
     check_type(*scale, ScalarType::Float, "scale");
     check_type(*zero_point, ScalarType::Int, "zero_point");
@@ -198,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gptq_round(Tensor weight, Tensor fact
     check(importance->dim() == 1 && importance->size(0) == columns, "importance does not have ", columns, " elements");
     column_weights = as_contiguous(*importance);
   }
-  Tensor codes = new_tensor(weight, {rows, columns}, ScalarType::Byte);
-  Tensor loss = new_tensor(weight, {rows}, ScalarType::Float);
+  Tensor codes = new_tensor({rows, columns}, ScalarType::Byte);
+  Tensor loss = new_tensor({rows}, ScalarType::Float);
 
   const Visit visit = plan_visit(columns_in_order, columns, group_size, search);
   const auto slots = static_cast<int64_t>(visit.column_of_slot.size());

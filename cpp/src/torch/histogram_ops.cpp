@@ -60,7 +60,7 @@ Tensor histogram_update_(Tensor counts, Tensor x, double low, double high) {
       }
     }
   });
-  Tensor nan_count = new_tensor(counts, {}, ScalarType::Long);
+  Tensor nan_count = new_tensor({}, ScalarType::Long);
   *static_cast<int64_t*>(nan_count.mutable_data_ptr()) = nans;
   if (nans > 0) return nan_count;
   for (const std::vector<int64_t>& totals : parts) (integers ? add_to<int64_t> : add_to<double>)(counts, totals);
@@ -83,7 +83,7 @@ Tensor search_histogram(Tensor counts, double low, double high, int64_t qmin, in
   }
   const HistogramView view = {values.data(), bins, low, (high - low) / static_cast<double>(bins)};
   const SearchedRange range = search_histogram_range(view, {qmin, qmax, symmetric}, moments.data());
-  Tensor result = new_tensor(counts, {3}, ScalarType::Double);
+  Tensor result = new_tensor({3}, ScalarType::Double);
   auto* out = static_cast<double*>(result.mutable_data_ptr());
   out[0] = range.low, out[1] = range.high, out[2] = range.mean_squared_error;
   return result;

@@ -119,7 +119,7 @@ Tensor linear_int8_asymmetric(const Tensor& x, const Tensor& qweight, const Tens
                               const OptionalTensor& zero_point, const OptionalTensor& bias, int64_t bits,
                               int64_t out_features, int64_t group_size) {
   const Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
-  Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
+  Tensor y = new_tensor(l.y_sizes, x.scalar_type());
   if (l.rows == 0 || l.out() == 0) return y;
   const MatmulKernels& kernel = kernels().matmul;
   const TileShape& shape = l.weight.shape;
@@ -164,7 +164,7 @@ Tensor linear_weight_only(Tensor x, Tensor qweight, Tensor scale, OptionalTensor
                           int64_t bits, int64_t out_features, int64_t group_size, OptionalTensor codebook) {
   Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
   if (codebook) l.weight.codebook = check_codebook_table(*codebook, bits, zero_point);
-  Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
+  Tensor y = new_tensor(l.y_sizes, x.scalar_type());
   if (l.rows == 0 || l.out() == 0) return y;
   const MatmulKernels& kernel = kernels().matmul;
   const TileShape& shape = l.weight.shape;
@@ -197,7 +197,7 @@ Tensor linear_int8(Tensor x, Tensor qweight, Tensor scale, OptionalTensor zero_p
   if (asymmetric) return linear_int8_asymmetric(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
   const Linear l = checked(x, qweight, scale, zero_point, bias, bits, out_features, group_size);
   const TensorQparams act = tensor_qparams(act_scale, act_zero_point, "act_scale", "act_zero_point");
-  Tensor y = new_tensor(x, l.y_sizes, x.scalar_type());
+  Tensor y = new_tensor(l.y_sizes, x.scalar_type());
   if (l.rows == 0 || l.out() == 0) return y;
   const MatmulKernels& kernel = kernels().matmul;
   const TileShape& shape = l.weight.shape;

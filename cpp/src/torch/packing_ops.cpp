@@ -83,7 +83,7 @@ Tensor pack(Tensor codes, int64_t bits) {
   const int64_t length = input.size(input.dim() - 1);
   const int64_t rows = length == 0 ? 0 : input.numel() / length;
   const int64_t row_bytes = packed_row_bytes(length, static_cast<int>(bits));
-  Tensor packed = new_tensor(input, with_last(input, row_bytes), ScalarType::Byte);
+  Tensor packed = new_tensor(with_last(input, row_bytes), ScalarType::Byte);
   const auto* in = static_cast<const uint8_t*>(input.const_data_ptr());
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   std::atomic<bool> fit{true};
@@ -107,7 +107,7 @@ Tensor unpack(Tensor packed, int64_t bits, int64_t length, bool is_signed) {
   check(packed.size(packed.dim() - 1) == row_bytes, "packed has ", packed.size(packed.dim() - 1), " bytes a row; ",
         length, " codes of bits=", bits, " take ", row_bytes);
   const Tensor input = as_contiguous(packed);
-  Tensor codes = new_tensor(input, with_last(input, length), is_signed ? ScalarType::Char : ScalarType::Byte);
+  Tensor codes = new_tensor(with_last(input, length), is_signed ? ScalarType::Char : ScalarType::Byte);
   const int64_t rows = length == 0 ? 0 : product(codes.sizes()) / length;
   const auto* in = static_cast<const uint8_t*>(input.const_data_ptr());
   auto* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -125,7 +125,7 @@ Tensor pack_tiles(Tensor codes, int64_t bits, int64_t group_size) {
   const TileShape shape = tile_shape(codes.size(0), codes.size(1), group_size, bits);
   const unsigned offset = offset_of(codes, bits);
   const Tensor input = as_contiguous(codes);
-  Tensor packed = new_tensor(input, {shape.panels(), shape.panel_bytes()}, ScalarType::Byte);
+  Tensor packed = new_tensor({shape.panels(), shape.panel_bytes()}, ScalarType::Byte);
   const auto* in = static_cast<const uint8_t*>(input.const_data_ptr());
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const int64_t panel_codes = kPanel * shape.in_features;
@@ -151,7 +151,7 @@ Tensor unpack_tiles(Tensor packed, int64_t bits, int64_t out_features, int64_t i
         "packed does not have the shape (", shape.panels(), ", ", shape.panel_bytes(), ") of a (", out_features, ", ",
         in_features, ") weight with bits=", bits, " and group_size=", group_size);
   const Tensor input = as_contiguous(packed);
-  Tensor codes = new_tensor(input, {out_features, in_features}, is_signed ? ScalarType::Char : ScalarType::Byte);
+  Tensor codes = new_tensor({out_features, in_features}, is_signed ? ScalarType::Char : ScalarType::Byte);
   const auto* in = static_cast<const uint8_t*>(input.const_data_ptr());
   auto* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
   const int64_t panel_codes = kPanel * shape.in_features;

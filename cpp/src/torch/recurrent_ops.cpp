@@ -43,7 +43,7 @@ const float* floats(const Tensor& tensor) { return static_cast<const float*>(ten
 
 // A float32 copy that may be written to.
 Tensor copy_of(const Tensor& tensor) {
-  Tensor copy = new_tensor(tensor, tensor.sizes(), ScalarType::Float);
+  Tensor copy = new_tensor(tensor.sizes(), ScalarType::Float);
   const Tensor source = as_contiguous(tensor);
   std::memcpy(copy.mutable_data_ptr(), source.const_data_ptr(), static_cast<size_t>(source.numel()) * sizeof(float));
   return copy;
@@ -296,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
   const Tensor x = as_contiguous(x_gates), first = as_contiguous(h0);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = width;
-  Tensor output = new_tensor(x, sizes, ScalarType::Float);
-  Tensor c = c0 ? copy_of(*c0) : new_tensor(h0, {0}, ScalarType::Float);
+  Tensor output = new_tensor(sizes, ScalarType::Float);
+  Tensor c = c0 ? copy_of(*c0) : new_tensor({0}, ScalarType::Float);
   auto* c_data = c0 ? static_cast<float*>(c.mutable_data_ptr()) : nullptr;
   auto* y = static_cast<float*>(output.mutable_data_ptr());
 
@@ -407,8 +407,8 @@ std::tuple<Tensor, Tensor> recurrent_cell(Tensor x_gates, Tensor h_gates, Option
   const Tensor x = as_contiguous(x_gates), g = as_contiguous(h_gates);
   OptionalTensor before;
   if (cell == Cell::kGru) before.emplace(as_contiguous(*state));
-  Tensor h = new_tensor(x, sizes, ScalarType::Float);
-  Tensor c = cell == Cell::kLstm ? copy_of(*state) : new_tensor(x, {0}, ScalarType::Float);
+  Tensor h = new_tensor(sizes, ScalarType::Float);
+  Tensor c = cell == Cell::kLstm ? copy_of(*state) : new_tensor({0}, ScalarType::Float);
   auto* h_data = static_cast<float*>(h.mutable_data_ptr());
   auto* c_data = cell == Cell::kLstm ? static_cast<float*>(c.mutable_data_ptr()) : nullptr;
   const auto step_cell = kernels().recurrent.cell_step;

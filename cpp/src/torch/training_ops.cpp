@@ -22,7 +22,7 @@ Tensor rounded_zero_point(const Tensor& zero_point, int64_t qmin, int64_t qmax) 
   check(qmin <= qmax && qmin >= -kMaxCode && qmax <= kMaxCode, "qmin=", qmin, " and qmax=", qmax,
         " are not a range inside [-", kMaxCode, ", ", kMaxCode, "]");
   const Tensor values = as_contiguous(zero_point);
-  Tensor rounded = new_tensor(values, values.sizes(), ScalarType::Int);
+  Tensor rounded = new_tensor(values.sizes(), ScalarType::Int);
   const auto* in = static_cast<const float*>(values.const_data_ptr());
   auto* out = static_cast<int32_t*>(rounded.mutable_data_ptr());
   for (int64_t c = 0; c < values.numel(); ++c) {
@@ -170,9 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
         " and zero_point ", zero_point.numel(), " elements; ", runs.channels, " are needed");
   const Tensor input = as_contiguous(x), upstream = as_contiguous(grad), scales = as_contiguous(scale);
   const Tensor zero_points = rounded_zero_point(zero_point, qmin, qmax);
-  Tensor grad_x = new_tensor(input, input.sizes(), input.scalar_type());
-  Tensor grad_scale = new_tensor(scale, scale.sizes(), ScalarType::Float);
-  Tensor grad_zero_point = new_tensor(zero_point, zero_point.sizes(), ScalarType::Float);
+  Tensor grad_x = new_tensor(input.sizes(), input.scalar_type());
+  Tensor grad_scale = new_tensor(scale.sizes(), ScalarType::Float);
+  Tensor grad_zero_point = new_tensor(zero_point.sizes(), ScalarType::Float);
   const AffineGrid grid = {.scale = static_cast<const float*>(scales.const_data_ptr()),
                            .zero_point = static_cast<const int32_t*>(zero_points.const_data_ptr()),
                            .channels = runs.channels,
@@ -201,7 +201,7 @@ Tensor fake_quantize_codebook(Tensor x, Tensor scale, Tensor values, int64_t gro
   const FloatType type = float_type(x, "x");
   const CodebookOperands operands(x, scale, values, group_size, binary, clip_low, clip_high);
   const Tensor input = as_contiguous(x);
-  Tensor y = new_tensor(input, input.sizes(), input.scalar_type());
+  Tensor y = new_tensor(input.sizes(), input.scalar_type());
   const void* in = input.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const auto kernel = kernels().training.codebook_fake_quantize;
@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor> fake_quantize_codebook_backward(Tensor grad, Tensor x
   check(grad.numel() == x.numel(), "grad has ", grad.numel(), " elements, x has ", x.numel());
   const CodebookOperands operands(x, scale, values, group_size, binary, clip_low, clip_high);
   const Tensor input = as_contiguous(x), upstream = as_contiguous(grad);
-  Tensor grad_x = new_tensor(input, input.sizes(), input.scalar_type());
-  Tensor grad_scale = new_tensor(scale, scale.sizes(), ScalarType::Float);
+  Tensor grad_x = new_tensor(input.sizes(), input.scalar_type());
+  Tensor grad_scale = new_tensor(scale.sizes(), ScalarType::Float);
   const void* in = input.const_data_ptr();
   const void* gradient = upstream.const_data_ptr();
   void* out = grad_x.mutable_data_ptr();
