@@ -292,15 +292,14 @@ void int8_blocked(Int8Tile& t, int64_t rows) {
   const TileShape& shape = t.w.shape;
   const int bits = shape.bits;
   const int64_t block = block_inputs(shape, rows);
+  const bool read_once = bits == 8 && rows <= kTileRows;  // which the hardware foresees: prefetches cost 5 to 15 %
   for (Cursor cursor(shape, kMaxChunk); cursor.k < shape.padded_in();) {
     const int64_t k_end = std::min(cursor.k + block, shape.padded_in());
     locate_codes(t.w, t.panels, kTilePanels, cursor.k, t.codes);
     Ahead ahead = {.streams = {}, .count = 0, .step = 8 * bits, .offset = 0};
     const int64_t panel_bytes = shape.panel_bytes();
     for (int64_t p = 0; p < kTilePanels; ++p) {
-      if (bits == 8 && rows <= kTileRows) {
-        ahead.streams[p] = t.codes[p] + kAheadBytes;
-      } else if (k_end < shape.padded_in()) {
+      if (k_end < shape.padded_in()) {
         ahead.streams[p] = t.codes[p] + (k_end - cursor.k) * kPanel * bits / 8;
       } else {  // the first block of the panels that follow
         ahead.streams[p] = t.w.codes + (t.panels.index[p] + kTilePanels) * panel_bytes;
@@ -323,7 +322,7 @@ void int8_blocked(Int8Tile& t, int64_t rows) {
       run_row_tiles(tiles, rows, [&](Int8RowTile run, int64_t r) {
         Ahead part = ahead;
         const int begin = tile * kTilePanels / count, end = ++tile * kTilePanels / count;
-        part.count = end - begin;
+        part.count = read_once ? 0 : end - begin;
         for (int i = 0; i < part.count; ++i) part.streams[i] = ahead.streams[begin + i];
         run(t, t.row_begin + r, cursor, k_end, part);
       });
