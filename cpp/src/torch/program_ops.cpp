@@ -45,7 +45,7 @@ class Program {
   std::vector<Tensor> run() {
     if (batch_ == 0) return results_;
     const std::vector<int64_t> size = {batch_ * check_size(arena_bytes_) + 64};
-    const Tensor arena = new_tensor(inputs_[0], size, ScalarType::Byte);
+    const Tensor arena = new_tensor(size, ScalarType::Byte);
     arena_ = static_cast<std::byte*>(arena.mutable_data_ptr());
     arena_ += (64 - reinterpret_cast<uintptr_t>(arena_) % 64) % 64;
     while (step_ < step_end_) {
@@ -166,7 +166,7 @@ class Program {
       for (size_t d = 0; d < dims; ++d) sizes.push_back(check_size(outputs[i + d]));
       i += dims;
       if (channels_last) std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
-      Tensor result = new_tensor(inputs_[0], sizes, ScalarType::Float);
+      Tensor result = new_tensor(sizes, ScalarType::Float);
       memory_.push_back({result.mutable_data_ptr(), batch_ == 0 ? 0 : result.numel() / batch_ * 4});
       if (channels_last) {
         for (auto d = static_cast<int64_t>(dims); d > 1; --d) result = torch::stable::transpose(result, d, d - 1);
