@@ -12,6 +12,7 @@ namespace elementwise {
 // Writes bits one after another into bytes, sixteen at a time once that many are there.
 class BitWriter {
  public:
+  static constexpr bool kNeeded = true;
   explicit BitWriter(uint8_t* bytes) : bytes_(bytes) {}
   void put(uint32_t bits, int64_t count) {
     pending_ |= bits << filled_;
@@ -40,6 +41,7 @@ class BitWriter {
 };
 
 struct NoBits {
+  static constexpr bool kNeeded = false;
   void put(uint32_t, int64_t) {}
   bool can_put_words() const { return false; }
   void put_word(uint64_t) {}
@@ -90,17 +92,22 @@ inline void for_each_stretch(const AffineGrid& grid, int64_t begin, int64_t end,
 template <FloatType Type, class Mask>
 void fake_quantize_range(const Element<Type>* x, Element<Type>* y, Mask mask, const AffineGrid& grid, int64_t begin,
                          int64_t end) {
-  const Lanes one = broadcast(1.f);
+  [[maybe_unused]] const Lanes one = broadcast(1.f);
   for_each_stretch(grid, begin, end, [&](int64_t from, int64_t to, auto affine_at) {
     const auto step = [&](const Lanes& value, int64_t i, uint32_t& inside) {
       const Affine& affine = affine_at(i);
-      // Clamped to one past either end before rounding: small enough to round by addition, and what lies outside still
-      // does afterwards, so that the second clamp tells the mask.
-      const Lanes near = clamp(value * affine.inverse_scale, affine.lowest - one, affine.highest + one);
-      const Lanes rounded = round_small(near);
-      const Lanes code = clamp(rounded, affine.lowest, affine.highest);
-      inside = equal_bits(code, rounded);
-      return code * affine.scale;
+      const Lanes scaled = value * affine.inverse_scale;
+      if constexpr (!Mask::kNeeded) {
+        inside = 0;
+        return round_small(clamp(scaled, affine.lowest, affine.highest)) * affine.scale;
+      } else {
+        // Clamped to one past either end before rounding: small enough to round by addition, and what lies outside
+        // still does afterwards, so that the second clamp tells the mask.
+        const Lanes rounded = round_small(clamp(scaled, affine.lowest - one, affine.highest + one));
+        const Lanes code = clamp(rounded, affine.lowest, affine.highest);
+        inside = equal_bits(code, rounded);
+        return code * affine.scale;
+      }
     };
     int64_t i = 0;
     // A store of mask bytes may alias anything, so the fewer of them, the less the compiler loads anew.

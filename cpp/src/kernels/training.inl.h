@@ -7,6 +7,7 @@
 #include "elementwise.inl.h"
 #include "halfbyte/training.h"
 #include "lane_mask.inl.h"
+#include "lane_sums.inl.h"
 
 namespace halfbyte {
 namespace {
@@ -54,6 +55,7 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
   auto* out = static_cast<Element<Type>*>(grad_x);
   const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
   int64_t run = block_begin / blocks, offset = block_begin % blocks * kGradientBlock, channel = run % grid.channels;
+  LaneSums scale_sums(sums.scale + block_begin), zero_point_sums(sums.zero_point + block_begin);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = run * grid.run_length + offset;
     const auto zero_point = static_cast<float>(grid.zero_point[channel]);
@@ -69,13 +71,41 @@ void learned_gradient_runs(const void* x, const void* grad, void* grad_x, const 
           zero_point_sum = zero_point_sum + part.zero_point;
           return part.x;
         });
-    sums.scale[block] = sum(scale_sum);
-    sums.zero_point[block] = sum(zero_point_sum);
+    scale_sums.put(scale_sum);
+    zero_point_sums.put(zero_point_sum);
     offset += kGradientBlock;
     if (offset < grid.run_length) continue;
     offset = 0;
     ++run;
     if (++channel == grid.channels) channel = 0;
+  }
+  scale_sums.finish();
+  zero_point_sums.finish();
+}
+
+// `Rows` rows, one below the other and each `stride` elements long, at once: qparams and sums are read and written once
+// for all of them. The pointers are those of the first row.
+template <FloatType Type, Estimator E, int Rows>
+inline void learned_gradient_rows(const Element<Type>* x, const Element<Type>* grad, Element<Type>* grad_x,
+                                  int64_t stride, const ColumnGrid& grid, int64_t column_begin, int64_t column_end,
+                                  const GradientSums& sums) {
+  for (int64_t column = column_begin; column < column_end; column += kLanes) {
+    const Lanes inverse_scale = load(grid.inverse_scale + column);
+    const Lanes lowest = load(grid.lowest + column), highest = load(grid.highest + column);
+    Lanes scale_sum = load(sums.scale + column), zero_point_sum = load(sums.zero_point + column);
+    for (int row = 0; row < Rows; ++row) {
+      const int64_t at = row * stride + column;
+      for_each_gradient<Type>(x + at, grad + at, grad_x + at, std::min(kLanes, column_end - column),
+                              [&](const Lanes& value, const Lanes& gradient, int64_t) {
+                                const LearnedGradient part =
+                                    learned_gradient<E>(value, gradient, inverse_scale, lowest, highest);
+                                scale_sum = scale_sum + part.scale;
+                                zero_point_sum = zero_point_sum + part.zero_point;
+                                return part.x;
+                              });
+    }
+    store(sums.scale + column, scale_sum);
+    store(sums.zero_point + column, zero_point_sum);
   }
 }
 
@@ -83,26 +113,24 @@ template <FloatType Type, Estimator E>
 void learned_gradient_columns(const void* x, const void* grad, void* grad_x, const ColumnGrid& grid, int64_t count,
                               int64_t columns, int64_t row_begin, int64_t row_end, int64_t column_begin,
                               int64_t column_end, const GradientSums& sums) {
-  const auto* in = static_cast<const Element<Type>*>(x);
-  const auto* upstream = static_cast<const Element<Type>*>(grad);
-  auto* out = static_cast<Element<Type>*>(grad_x);
+  constexpr int kRows = 4;
   for (int64_t column = column_begin; column < column_end; column += kLanes) {
     store(sums.scale + column, broadcast(0.f));
     store(sums.zero_point + column, broadcast(0.f));
   }
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t begin = row * columns + column_begin;
-    const int64_t length = std::min(column_end - column_begin, count - begin);
-    if (length <= 0) break;
-    for_each_gradient<Type>(
-        in + begin, upstream + begin, out + begin, length, [&](const Lanes& value, const Lanes& gradient, int64_t i) {
-          const int64_t at = column_begin + i;
-          const LearnedGradient part = learned_gradient<E>(value, gradient, load(grid.inverse_scale + at),
-                                                           load(grid.lowest + at), load(grid.highest + at));
-          store(sums.scale + at, load(sums.scale + at) + part.scale);
-          store(sums.zero_point + at, load(sums.zero_point + at) + part.zero_point);
-          return part.x;
-        });
+  for (int64_t row = row_begin; row < row_end;) {
+    const int64_t begin = row * columns;
+    const auto* in = static_cast<const Element<Type>*>(x) + begin;
+    const auto* upstream = static_cast<const Element<Type>*>(grad) + begin;
+    auto* out = static_cast<Element<Type>*>(grad_x) + begin;
+    if (row + kRows <= row_end && begin + (kRows - 1) * columns + column_end <= count) {
+      learned_gradient_rows<Type, E, kRows>(in, upstream, out, columns, grid, column_begin, column_end, sums);
+      row += kRows;
+      continue;
+    }
+    learned_gradient_rows<Type, E, 1>(in, upstream, out, columns, grid, column_begin,
+                                      std::min(column_end, count - begin), sums);
+    ++row;
   }
 }
 
@@ -155,6 +183,7 @@ void codebook_gradient(const void* x, const void* grad, void* grad_x, const Code
                        int64_t block_end, float* sums) {
   const CodebookRounding rounding(grid);
   const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
+  LaneSums scale_sums(sums + block_begin);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t run = block / blocks, offset = block % blocks * kGradientBlock;
     const int64_t begin = run * grid.run_length + offset;
@@ -168,8 +197,9 @@ void codebook_gradient(const void* x, const void* grad, void* grad_x, const Code
           total = total + part.scale;
           return part.x;
         });
-    sums[block] = sum(total);
+    scale_sums.put(total);
   }
+  scale_sums.finish();
 }
 
 // Calls f with a FloatType and an Estimator as compile-time constants.

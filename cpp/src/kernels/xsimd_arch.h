@@ -143,13 +143,28 @@ struct Lanes {
 }
 
 // The sum of the lanes in one fixed order: halves added pairwise.
-inline float sum(const Lanes& lanes) {
+[[gnu::always_inline]] inline float sum(const Lanes& lanes) {
+#if defined(__SSE2__)
+#if defined(__AVX512BW__)
+  const __m512 all = lanes.batch[0];
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = lanes.batch[0] + lanes.batch[1];
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const __m128 four = (lanes.batch[0] + lanes.batch[2]) + (lanes.batch[1] + lanes.batch[3]);
+#endif
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float values[kLanes];
   store(values, lanes);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
   }
   return values[0];
+#endif
 }
 
 }  // namespace elementwise

@@ -16,7 +16,7 @@ constexpr int64_t kStrip = 1024;          // columns whose qparams and sums stay
 constexpr int64_t kMinColumns = 64;       // narrower matrices are read as fewer, wider rows
 constexpr int64_t kNarrowColumns = 1024;  // up to here, rows are joined until they fill whole vectors
 
-// The zero points that are used: rounded half to even, then clamped to the range of codes.
+// The zero points that are used: rounded half to even and clamped to the range of codes.
 Tensor rounded_zero_point(const Tensor& zero_point, int64_t qmin, int64_t qmax) {
   check_type(zero_point, ScalarType::Float, "zero_point");
   check(qmin <= qmax && qmin >= -kMaxCode && qmax <= kMaxCode, "qmin=", qmin, " and qmax=", qmax,
@@ -25,10 +25,19 @@ Tensor rounded_zero_point(const Tensor& zero_point, int64_t qmin, int64_t qmax) 
   Tensor rounded = new_tensor(values.sizes(), ScalarType::Int);
   const auto* in = static_cast<const float*>(values.const_data_ptr());
   auto* out = static_cast<int32_t*>(rounded.mutable_data_ptr());
-  for (int64_t c = 0; c < values.numel(); ++c) {
-    check(!std::isnan(in[c]), "zero_point is NaN at position ", c);
-    out[c] =
-        static_cast<int32_t>(std::clamp(std::nearbyint(in[c]), static_cast<float>(qmin), static_cast<float>(qmax)));
+  const auto lowest = static_cast<float>(qmin), highest = static_cast<float>(qmax);
+  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: sums with it are rounded to integers (xsimd_arch.h)
+  const int64_t count = values.numel();
+  bool nan = false;
+  for (int64_t c = 0; c < count; ++c) {
+    const float value = in[c];
+    nan |= value != value;
+    const float inside = value < lowest ? lowest : value < highest ? value : highest;  // also of NaN
+    out[c] = static_cast<int32_t>((inside + kMagic) - kMagic);
+  }
+  if (nan) {
+    const auto* at = std::find_if(in, in + count, [](float value) { return std::isnan(value); });
+    check(false, "zero_point is NaN at position ", at - in);
   }
   return rounded;
 }
@@ -43,48 +52,54 @@ struct Gradients {
   Estimator estimator;
 };
 
-// The sums of each channel, in float64.
-struct ChannelSums {
-  explicit ChannelSums(int64_t channels)
-      : scale(static_cast<size_t>(channels)), zero_point(static_cast<size_t>(channels)) {}
-  std::vector<double> scale, zero_point;
+// The gradients of the qparams.
+struct QparamGradients {
+  float* scale;
+  float* zero_point;
+  const float* of_scale;  // the scale itself
+  double factor;
+  // From the sums over all elements of a channel.
+  void store(int64_t channel, double scale_sum, double zero_point_sum) const {
+    scale[channel] = static_cast<float>(factor * scale_sum);
+    zero_point[channel] = static_cast<float>(-factor * static_cast<double>(of_scale[channel]) * zero_point_sum);
+  }
 };
 
-// Adds up, for each channel, the partial sums at `part(channel, k)`, k = 0 .. parts - 1, in this order.
-template <class Part>
-ChannelSums fold(const std::vector<float>& scale, const std::vector<float>& zero_point, int64_t channels, int64_t parts,
-                 Part part) {
-  ChannelSums sums(channels);
-  parallel_for(channels, kGrain / std::max<int64_t>(parts, 1), [&](int64_t begin, int64_t end) {
+void gradients_by_runs(const Gradients& tensors, const AffineGrid& grid, const QparamGradients& out) {
+  const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
+  const int64_t runs = tensors.count / grid.run_length, grain = kGrain / std::min(kGradientBlock, grid.run_length);
+  const auto kernel = kernels().training.learned_gradient_runs;
+  const auto run_kernel = [&](int64_t begin, int64_t end, const GradientSums& sums) {
+    kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, grid, tensors.estimator, begin, end, sums);
+  };
+  if (blocks == 1 && runs == grid.channels) {  // such as groups: each sum is all there is of its channel
+    parallel_for(runs, grain, [&](int64_t begin, int64_t end) {
+      run_kernel(begin, end, {out.scale, out.zero_point});
+      for (int64_t c = begin; c < end; ++c) {
+        out.store(c, static_cast<double>(out.scale[c]), static_cast<double>(out.zero_point[c]));
+      }
+    });
+    return;
+  }
+  std::vector<float> scale(static_cast<size_t>(runs * blocks)), zero_point(scale.size());
+  parallel_for(runs * blocks, grain,
+               [&](int64_t begin, int64_t end) { run_kernel(begin, end, {scale.data(), zero_point.data()}); });
+  parallel_for(grid.channels, kGrain / (runs / grid.channels * blocks), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       double scale_sum = 0, zero_point_sum = 0;
-      for (int64_t k = 0; k < parts; ++k) {
-        const auto at = static_cast<size_t>(part(c, k));
-        scale_sum += static_cast<double>(scale[at]);
-        zero_point_sum += static_cast<double>(zero_point[at]);
+      for (int64_t run = c; run < runs; run += grid.channels) {
+        for (int64_t block = run * blocks; block < (run + 1) * blocks; ++block) {
+          scale_sum += static_cast<double>(scale[static_cast<size_t>(block)]);
+          zero_point_sum += static_cast<double>(zero_point[static_cast<size_t>(block)]);
+        }
       }
-      sums.scale[static_cast<size_t>(c)] = scale_sum;
-      sums.zero_point[static_cast<size_t>(c)] = zero_point_sum;
+      out.store(c, scale_sum, zero_point_sum);
     }
   });
-  return sums;
-}
-
-ChannelSums gradients_by_runs(const Gradients& tensors, const AffineGrid& grid) {
-  const int64_t blocks = ceil_div(grid.run_length, kGradientBlock);  // of one run
-  const int64_t runs = tensors.count / grid.run_length;
-  std::vector<float> scale(static_cast<size_t>(runs * blocks)), zero_point(scale.size());
-  const GradientSums sums = {scale.data(), zero_point.data()};
-  const auto kernel = kernels().training.learned_gradient_runs;
-  parallel_for(runs * blocks, kGrain / std::min(kGradientBlock, grid.run_length), [&](int64_t begin, int64_t end) {
-    kernel(tensors.x, tensors.grad, tensors.grad_x, tensors.type, grid, tensors.estimator, begin, end, sums);
-  });
-  return fold(scale, zero_point, grid.channels, runs / grid.channels * blocks,
-              [&](int64_t channel, int64_t k) { return (k / blocks * grid.channels + channel) * blocks + k % blocks; });
 }
 
 // Short runs: the tensor as rows of channels * run_length columns, several such rows in one if they are narrow.
-ChannelSums gradients_by_columns(const Gradients& tensors, const AffineGrid& grid) {
+void gradients_by_columns(const Gradients& tensors, const AffineGrid& grid, const QparamGradients& out) {
   const int64_t period = grid.channels * grid.run_length;
   int64_t repeats = 1;
   while (period <= kNarrowColumns && (repeats * period < kMinColumns || repeats * period % kElementLanes != 0)) {
@@ -113,12 +128,26 @@ ChannelSums gradients_by_columns(const Gradients& tensors, const AffineGrid& gri
              {scale.data() + block * stride, zero_point.data() + block * stride});
     }
   });
-  const int64_t parts = repeats * grid.run_length;  // of one block of rows
-  return fold(scale, zero_point, grid.channels, row_blocks * parts, [&](int64_t channel, int64_t k) {
-    const int64_t in_row = k % parts;
-    return k / parts * stride + in_row / grid.run_length * period + channel * grid.run_length +
-           in_row % grid.run_length;
+  std::vector<double> scale_sums(static_cast<size_t>(columns)), zero_point_sums(scale_sums.size());
+  parallel_for(columns, kGrain / row_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < row_blocks; ++block) {
+      for (int64_t column = begin; column < end; ++column) {
+        const auto at = static_cast<size_t>(column), part = static_cast<size_t>(block * stride + column);
+        scale_sums[at] += static_cast<double>(scale[part]);
+        zero_point_sums[at] += static_cast<double>(zero_point[part]);
+      }
+    }
   });
+  for (int64_t channel = 0; channel < grid.channels; ++channel) {
+    double scale_sum = 0, zero_point_sum = 0;
+    for (int64_t first = channel * grid.run_length; first < columns; first += period) {
+      for (int64_t column = first; column < first + grid.run_length; ++column) {
+        scale_sum += scale_sums[static_cast<size_t>(column)];
+        zero_point_sum += zero_point_sums[static_cast<size_t>(column)];
+      }
+    }
+    out.store(channel, scale_sum, zero_point_sum);
+  }
 }
 
 // What the codebook kernels read, and what backs it.
@@ -182,16 +211,13 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
                            .inverse_scale = nullptr};
   const Gradients tensors = {input.const_data_ptr(), upstream.const_data_ptr(),        grad_x.mutable_data_ptr(), type,
                              input.numel(),          static_cast<Estimator>(estimator)};
-  const bool columns = axis && runs.run_length < kShortRun;
-  const ChannelSums sums = tensors.count == 0 ? ChannelSums(runs.channels)
-                           : columns          ? gradients_by_columns(tensors, grid)
-                                              : gradients_by_runs(tensors, grid);
-  auto* scale_out = static_cast<float*>(grad_scale.mutable_data_ptr());
-  auto* zero_point_out = static_cast<float*>(grad_zero_point.mutable_data_ptr());
-  for (int64_t c = 0; c < runs.channels; ++c) {
-    const auto at = static_cast<size_t>(c);
-    scale_out[c] = static_cast<float>(grad_factor * sums.scale[at]);
-    zero_point_out[c] = static_cast<float>(-grad_factor * static_cast<double>(grid.scale[c]) * sums.zero_point[at]);
+  const QparamGradients of_qparams = {static_cast<float*>(grad_scale.mutable_data_ptr()),
+                                      static_cast<float*>(grad_zero_point.mutable_data_ptr()), grid.scale, grad_factor};
+  if (tensors.count == 0) {
+    for (int64_t c = 0; c < runs.channels; ++c) of_qparams.store(c, 0, 0);
+  } else {
+    const bool columns = axis && runs.run_length < kShortRun;
+    (columns ? gradients_by_columns : gradients_by_runs)(tensors, grid, of_qparams);
   }
   return {grad_x, grad_scale, grad_zero_point};
 }
@@ -225,16 +251,17 @@ std::tuple<Tensor, Tensor> fake_quantize_codebook_backward(Tensor grad, Tensor x
   void* out = grad_x.mutable_data_ptr();
   auto* scale_out = static_cast<float*>(grad_scale.mutable_data_ptr());
   const int64_t blocks = ceil_div(group_size, kGradientBlock);  // of one run
-  std::vector<float> sums(static_cast<size_t>(operands.runs() * blocks));
+  std::vector<float> parts(blocks == 1 ? 0 : static_cast<size_t>(operands.runs() * blocks));
+  float* sums = blocks == 1 ? scale_out : parts.data();
   const auto kernel = kernels().training.codebook_gradient;
-  parallel_for(
-      operands.runs() * blocks, kGrain / std::min(kGradientBlock, group_size),
-      [&](int64_t begin, int64_t end) { kernel(in, gradient, out, type, operands.grid(), begin, end, sums.data()); });
-  for (int64_t run = 0; run < operands.runs(); ++run) {
-    double total = 0;
-    for (int64_t k = 0; k < blocks; ++k) total += static_cast<double>(sums[static_cast<size_t>(run * blocks + k)]);
-    scale_out[run] = static_cast<float>(grad_factor * total);
-  }
+  parallel_for(operands.runs(), kGrain / group_size, [&](int64_t begin, int64_t end) {
+    kernel(in, gradient, out, type, operands.grid(), begin * blocks, end * blocks, sums);
+    for (int64_t run = begin; run < end; ++run) {
+      double total = 0;
+      for (int64_t k = 0; k < blocks; ++k) total += static_cast<double>(sums[run * blocks + k]);
+      scale_out[run] = static_cast<float>(grad_factor * total);
+    }
+  });
   return {grad_x, grad_scale};
 }
 

@@ -70,7 +70,7 @@ def with_gradients(operator: str, *, saved: int) -> Callable[..., Tensor]:
         tensors: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub of FunctionCtx lacks it
         options: tuple[object, ...] = ctx.options  # type: ignore[attr-defined]
         found: tuple[Tensor, ...] = backward(grad, *tensors, *options)
-        return (*found, *(None for _ in range(saved + len(options) - len(found))))
+        return found + (None,) * (saved + len(options) - len(found))
 
     torch.library.register_autograd(f"halfbyte::{operator}", gradients, setup_context=save)
     refuse_second_derivative(operator)
@@ -91,11 +91,11 @@ def with_gradients(operator: str, *, saved: int) -> Callable[..., Tensor]:
                 return gradients(ctx, grad)
 
     def call(*arguments: object) -> Tensor:
-        trains = torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments[:saved]
-        )
-        function = Eager.apply if trains and not torch.compiler.is_compiling() else forward
-        y: Tensor = function(*arguments)
+        trains = False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for tensor in arguments[:saved]:
+                trains = trains or tensor.requires_grad  # type: ignore[attr-defined]  # the leading arguments are tensors
+        y: Tensor = (Eager.apply if trains else forward)(*arguments)
         return y
 
     return call
