@@ -1,9 +1,11 @@
-"""Times fake_quantize, its learned form, quantize, dequantize, observe_minmax and histograms beside PyTorch's own.
+"""Times fake_quantize, its learned forms, quantize, dequantize, observe_minmax and histograms beside PyTorch's own.
 
-    python benchmarks/bench_elementwise.py [--threads 2] [--repeats 30] [--json FILE]
+    python benchmarks/bench_elementwise.py [--threads 2] [--repeats 30] [--in-a-row 10] [--json FILE]
 
-Ours and theirs alternate, so that both see the same machine; a row is the median of each and their ratio. Rows named "two
-clones" compare with the time that copying the tensor twice takes, which is what forward and backward move at least.
+A row is the median of ours, of theirs and of the limit, which take turns of `--in-a-row` calls after one that does not count;
+with 1 they alternate call by call, and each finds in the cache what the other left there. The limit of forward and backward is
+`x.clone()` and `x + grad`, which read and write what they read and write; that of observers is reading the tensor at the speed
+of `limits.c`, where it does not fit the cache.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.ao.quantization.observer import HistogramObserver
 
 import halfbyte as hb
+from limits import measure_limits
 
 SIZES = {"1M": (1024, 1024), "16M": (4096, 4096)}
 GROUP = 128
@@ -39,6 +44,7 @@ class Row:
     peer_ms: float
     ours_best_ms: float
     peer_best_ms: float
+    limit_ms: float | None
 
     @property
     def ratio(self) -> float:
@@ -46,15 +52,16 @@ class Row:
         return self.peer_ms / self.ours_ms
 
 
-def alternate(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
-    """Times of both, in milliseconds, taken turn by turn after three calls to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 3):
-        for side, call in enumerate((ours, peer)):
-            begin = time.perf_counter()
-            call()
-            if turn >= 3:
-                times[side].append((time.perf_counter() - begin) * 1e3)
+def take_turns(calls: Sequence[Callable[[], object]], repeats: int, in_a_row: int) -> list[list[float]]:
+    """Times of all, in milliseconds, by turns of `in_a_row` calls."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(-1, ceil(repeats / in_a_row)):  # the first is to warm up
+        for call, found in zip(calls, times, strict=True):
+            for i in range(in_a_row + (in_a_row > 1)):
+                begin = time.perf_counter()
+                call()
+                if turn >= 0 and (i or in_a_row == 1):
+                    found.append((time.perf_counter() - begin) * 1e3)
     return times
 
 
@@ -104,7 +111,6 @@ def cases(shape: tuple[int, int]) -> list[Case]:
             tensor_call,
             forward_backward(lambda v: torch.fake_quantize_per_tensor_affine(v, scale, zero, -128, 127), x, grad),
         ),
-        ("fake_quantize fwd+bwd", "tensor", "two clones", tensor_call, lambda: (plain.clone(), plain.clone())),
         (
             "fake_quantize fwd+bwd",
             "axis 0",
@@ -183,26 +189,59 @@ def cases(shape: tuple[int, int]) -> list[Case]:
 
 
 def learned_cases(shape: tuple[int, int]) -> list[Case]:
-    """Forward and backward with learned scale and zero point: three gradients."""
+    """Forward and backward with what is trained: the gradients of x, scale and zero point, or of x and scale."""
     torch.manual_seed(0)
     x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
-    found: list[Case] = []
-    for granularity, axis, channels in (("tensor", None, 1), ("axis 0", 0, shape[0]), ("last axis", 1, shape[1])):
-        scale = torch.full((channels,), 0.03, requires_grad=True)
-        zero_point = torch.full((channels,), 3.0, requires_grad=True)
+    seq, evenly = (-0.75, -0.25, 0.25, 0.75), tuple(torch.linspace(-1, 1, 16).tolist())
 
-        def ours(v: Tensor, scale: Tensor = scale, zero_point: Tensor = zero_point, axis: int | None = axis) -> Tensor:
-            scale.grad = zero_point.grad = None
-            return hb.ops.fake_quantize_learned(v, scale, zero_point, qmin=-128, qmax=127, axis=axis)
+    def qparams(*size: int) -> tuple[Tensor, Tensor]:
+        return torch.full(size, 0.03, requires_grad=True), torch.full(size, 3.0, requires_grad=True)
 
-        def peer(v: Tensor, scale: Tensor = scale, zero_point: Tensor = zero_point, axis: int | None = axis) -> Tensor:
-            scale.grad = zero_point.grad = None
-            if axis is None:
-                return torch._fake_quantize_learnable_per_tensor_affine(v, scale, zero_point, -128, 127, 1.0)
-            return torch._fake_quantize_learnable_per_channel_affine(v, scale, zero_point, axis, -128, 127, 1.0)
+    def learned(size: tuple[int, ...], **options: Any) -> Callable[[], object]:
+        return trained(
+            lambda v, *q: hb.ops.fake_quantize_learned(v, *q, qmin=-128, qmax=127, **options), qparams(*size)
+        )
 
-        calls = forward_backward(ours, x, grad), forward_backward(peer, x, grad)
-        found.append(("fake_quantize_learned fwd+bwd", granularity, "torch", *calls))
+    def codebook(group_size: int, values: tuple[float, ...]) -> Callable[[], object]:
+        scale = torch.full((shape[0], shape[1] // group_size), 0.5, requires_grad=True)
+        return trained(lambda v, s: hb.ops.fake_quantize_codebook(v, s, values, group_size=group_size), (scale,))
+
+    def trained(f: Callable[..., Tensor], tensors: tuple[Tensor, ...], leaf: Tensor = x) -> Callable[[], object]:
+        def call(v: Tensor) -> Tensor:
+            for tensor in tensors:
+                tensor.grad = None
+            return f(v, *tensors)
+
+        return forward_backward(call, leaf, grad.reshape(leaf.shape))
+
+    def per_channel(leaf: Tensor, axis: int) -> Callable[[], object]:
+        function = torch._fake_quantize_learnable_per_channel_affine
+        return trained(lambda v, s, z: function(v, s, z, axis, -128, 127, 1.0), qparams(leaf.shape[axis]), leaf)
+
+    function = torch._fake_quantize_learnable_per_tensor_affine
+    per_tensor = trained(lambda v, s, z: function(v, s, z, -128, 127, 1.0), qparams(1))
+    found: list[Case] = [
+        *(
+            (
+                "fake_quantize_learned fwd+bwd",
+                f"tensor, {name}",
+                "torch per tensor",
+                learned((1,), estimator=name),
+                per_tensor,
+            )
+            for name in ("rounded", "lsq", "pact")
+        ),
+        ("fake_quantize_learned fwd+bwd", "axis 0", "torch", learned(shape[:1], axis=0), per_channel(x, 0)),
+        ("fake_quantize_learned fwd+bwd", "last axis", "torch", learned(shape[1:], axis=1), per_channel(x, 1)),
+    ]
+    for group in (GROUP, 32):
+        leaf = x.detach().reshape(-1, group).clone().requires_grad_()
+        name, peer = f"group {group}", ("torch per channel", per_channel(leaf, 0))
+        ours = learned((shape[0], shape[1] // group), group_size=group)
+        found.append(("fake_quantize_learned fwd+bwd", name, peer[0], ours, peer[1]))
+        for values in (seq, evenly):
+            entries = f"{name}, {len(values)} entries"
+            found.append(("fake_quantize_codebook fwd+bwd", entries, peer[0], codebook(group, values), peer[1]))
     return found
 
 
@@ -236,6 +275,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--in-a-row", type=int, default=10)
+    parser.add_argument("--only", default="", help="operations whose name begins so")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -247,15 +288,26 @@ def main() -> None:
         "torch": str(torch.__version__),
         "halfbyte": hb.__version__,
         "repeats": args.repeats,
+        "in_a_row": args.in_a_row,
     }
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"{'ratio':>6} {'ours ms':>9} {'peer ms':>9} {'best ms':>9} {'peer best':>9}  operation")
+    read_gbs = measure_limits(args.threads).get("read_gbs")
+    print(f"{'ratio':>6} {'ours ms':>9} {'peer ms':>9} {'limit ms':>9} {'best ms':>9} {'peer best':>9}  operation")
     rows = []
     for size in args.sizes:
         shape = SIZES[size]
+        x, grad = torch.randn(shape), torch.randn(shape)
         measured = (*cases(shape), *learned_cases(shape), *histogram_cases(shape))
         for operation, granularity, peer, ours, theirs in measured:
-            own_times, peer_times = alternate(ours, theirs, args.repeats)
+            if not operation.startswith(args.only):
+                continue
+            calls = [ours, theirs]
+            if "bwd" in operation:
+                calls.append(lambda x=x, grad=grad: (x.clone(), x + grad))
+            own_times, peer_times, *limit_times = take_turns(calls, args.repeats, args.in_a_row)
+            limit = statistics.median(limit_times[0]) if limit_times else None
+            if operation == "observe_minmax" and size == "16M" and read_gbs:
+                limit = x.numel() * 4 / read_gbs * 1e-6
             row = Row(
                 operation=operation,
                 granularity=granularity,
@@ -265,11 +317,13 @@ def main() -> None:
                 peer_ms=statistics.median(peer_times),
                 ours_best_ms=min(own_times),
                 peer_best_ms=min(peer_times),
+                limit_ms=limit,
             )
             rows.append(row)
             print(
-                f"{row.ratio:6.2f} {row.ours_ms:9.3f} {row.peer_ms:9.3f} {row.ours_best_ms:9.3f} "
-                f"{row.peer_best_ms:9.3f}  {operation}, {granularity}, {size} against {peer}"
+                f"{row.ratio:6.2f} {row.ours_ms:9.3f} {row.peer_ms:9.3f} {f'{limit:.3f}' if limit else '':>9} "
+                f"{row.ours_best_ms:9.3f} {row.peer_best_ms:9.3f}  {operation}, {granularity}, {size} against {peer}",
+                flush=True,
             )
     if args.json:
         results = [asdict(row) | {"ratio": row.ratio} for row in rows]
