@@ -75,9 +75,7 @@ def augmented(images: Tensor) -> Tensor:
 def distill(student: nn.Module, teacher: nn.Module, images: Tensor, *, steps: int, batch: int, rate: float) -> None:
     """Trains all weights and ranges on the KL divergence to the teacher's predictions."""
     student.train()
-    scales = set(hb.qat.scale_parameters(student))
-    weights = [p for p in student.parameters() if p not in scales]
-    optimizer = torch.optim.Adam([{"params": weights}, {"params": list(scales)}], lr=rate)
+    optimizer = torch.optim.Adam(student.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         x = augmented(images[torch.randint(len(images), (batch,))]).to(memory_format=torch.channels_last)

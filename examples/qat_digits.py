@@ -40,9 +40,9 @@ def trained(model: nn.Module, scheme: hb.Scheme, x: Tensor, y: Tensor, *, epochs
     torch.manual_seed(0)
     student = hb.prepare_qat_(copy.deepcopy(model), scheme, weights="learned", activations="learned")
     student.train()
-    scales = set(hb.qat.scale_parameters(student))
-    weights = [parameter for parameter in student.parameters() if parameter not in scales]
-    optimizer = torch.optim.AdamW([{"params": weights}, {"params": list(scales), "weight_decay": 0.0}], lr=1e-3)
+    scales = list(hb.qat.scale_parameters(student))
+    weights = [p for p in student.parameters() if not any(p is scale for scale in scales)]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": scales, "weight_decay": 0.0}], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 64))
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(64):

@@ -62,21 +62,40 @@ CASES = {
 SCALE_RATE = 0.3  # of the weights' rate; scales move by that part of themselves
 
 
-def distill(student: nn.Module, teacher: nn.Module, data: Tensor, *, steps: int, batch: int, rate: float) -> None:
-    """Trains all weights and scales on the KL divergence to the teacher's predictions: warm-up, then half a cosine."""
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    checkpoint: Path | None = None,
+    every: int = 50,
+) -> None:
+    """Trains all weights and scales on the KL divergence to the teacher's predictions: warm-up, then half a cosine.
+
+    Goes on where a checkpoint of the same training ends, if there is one, and writes it anew `every` few steps.
+    """
     student.train()
-    scales = set(hb.qat.scale_parameters(student))
-    weights = [p for p in student.parameters() if p not in scales]
-    groups = [{"params": weights, "lr": rate}, {"params": list(scales), "lr": SCALE_RATE * rate}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    scales = list(hb.qat.scale_parameters(student))  # a list: checkpoints of the optimizer go by the order
+    weights = [p for p in student.parameters() if not any(p is scale for scale in scales)]
+    groups = [{"params": weights, "lr": rate}, {"params": scales, "lr": SCALE_RATE * rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(1, steps // 10)
 
     def pace(step: int) -> float:
         return (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
-    total = 0.0
-    for step in range(steps):
+    begin, total = 0, 0.0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint)
+        student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        begin = state["step"]
+    for step in range(begin, steps):
         rows = data[torch.arange(step * batch, (step + 1) * batch) % len(data)]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -93,9 +112,12 @@ def distill(student: nn.Module, teacher: nn.Module, data: Tensor, *, steps: int,
         optimizer.step()
         schedule.step()
         total += loss.item()
-        if (step + 1) % 50 == 0:
-            print(f"  step {step + 1}: KL {total / 50:.4f} on training text", flush=True)
+        if (step + 1) % every == 0:
+            print(f"  step {step + 1}: KL {total / every:.4f} on training text", flush=True)
             total = 0.0
+            if checkpoint is not None:
+                parts = {"model": student, "optimizer": optimizer, "schedule": schedule}
+                torch.save({"step": step + 1, **{key: part.state_dict() for key, part in parts.items()}}, checkpoint)
     student.eval()
 
 
@@ -134,7 +156,13 @@ def scores(model: nn.Module, texts: Texts, references: dict[str, list[Tensor]]) 
 
 
 def compare(
-    case: Case, teacher: nn.Module, texts: Texts, references: dict[str, list[Tensor]], *, batch: int
+    case: Case,
+    teacher: nn.Module,
+    texts: Texts,
+    references: dict[str, list[Tensor]],
+    *,
+    batch: int,
+    checkpoint: Path | None = None,
 ) -> dict[str, object]:
     """Rounds to the smallest squared error, quantizes with GPTQ, trains from there; a row of the table."""
     row: dict[str, object] = {"steps": case.steps, "batch": batch, "rate": case.rate}
@@ -162,7 +190,15 @@ def compare(
     start = time.perf_counter()
     student = hb.prepare_qat_(copy.deepcopy(teacher), case.recipe, weights="learned", on_fallback="allow")
     hb.qat.start_from_(student, quantized)
-    distill(student, teacher, texts.training, steps=case.steps, batch=batch, rate=case.rate)
+    distill(
+        student,
+        teacher,
+        texts.training,
+        steps=case.steps,
+        batch=batch,
+        rate=case.rate,
+        checkpoint=checkpoint,
+    )
     hb.convert_(student, progress=False)
     add("trained", student, start)
     for label in texts.scored:
@@ -181,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate instead of the format's own")
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens a step")
     parser.add_argument("--validate", action="store_true", help="score on training text that was left out")
+    parser.add_argument("--checkpoints", type=Path, help="folder to write to every 50 steps, and to go on from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="merge the results into this file")
     arguments = parser.parse_args()
@@ -194,7 +231,8 @@ def main() -> None:
         print(name, flush=True)
         case = CASES[name]
         case = replace(case, steps=arguments.steps or case.steps, rate=arguments.rate or case.rate)
-        table[name] = compare(case, teacher, texts, references, batch=arguments.batch)
+        checkpoint = arguments.checkpoints and arguments.checkpoints / f"{name}.pt"
+        table[name] = compare(case, teacher, texts, references, batch=arguments.batch, checkpoint=checkpoint)
         if arguments.json is not None:
             section = "validation" if arguments.validate else "novels5M"
             output.merge_json(arguments.json, section, {name: table[name]})

@@ -1,5 +1,6 @@
-"""What the tables of docs/qat.md are made of: paired ratios of per-row sums, and their markdown."""
+"""The training example that can be interrupted, and what the tables of docs/qat.md are made of."""
 
+import copy
 import importlib
 import math
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+import halfbyte as hb
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmarks' folder."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """Imports a module of the benchmarks' or the examples' folder."""
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(REPOSITORY / folder))
     return importlib.import_module
 
 
@@ -73,3 +77,43 @@ def test_the_tables(module: Any) -> None:
     ).splitlines()
     assert [cell.strip() for cell in steps[2].split("|")[1:-1]] == ["A", "float", "10", "1.00", ""]
     assert [cell.strip() for cell in steps[3].split("|")[1:-1]] == ["", "8 bits", "12", "1.25", "0.3"]
+
+
+def test_interrupted_training_goes_on_to_the_same_bits(module: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    example = module("qat_language_model")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config).eval()
+    data = torch.randint(32, (16, 8))
+    recipe = hb.Recipe(default=hb.int_weight_only(2, 32), overrides={"lm_head": None, "model.embed_tokens": None})
+    prepared = hb.prepare_qat_(copy.deepcopy(teacher), recipe, weights="learned", on_fallback="allow")
+
+    def train(student: torch.nn.Module, checkpoint: Path | None) -> torch.Tensor:
+        example.distill(student, teacher, data, steps=8, batch=2, rate=1e-2, checkpoint=checkpoint, every=3)
+        return student(input_ids=data, use_cache=False).logits
+
+    straight = train(copy.deepcopy(prepared), None)
+    assert not torch.equal(straight, prepared.eval()(input_ids=data, use_cache=False).logits)
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    calls: list[int] = []
+    interrupted = copy.deepcopy(prepared)
+    interrupted.register_forward_pre_hook(interrupt)
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, checkpoint)
+    assert torch.load(checkpoint)["step"] == 3
+    assert torch.equal(train(copy.deepcopy(prepared), checkpoint), straight)

@@ -67,6 +67,8 @@ def freeze_batchnorm(model: nn.Module, frozen: bool = True) -> None:
 def scale_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trained scales (and zero points, and clipping ranges) of all quantizers, for a parameter group of their own.
 
+    Always in the same order, which an optimizer's `state_dict` relies on: keep them in a list.
+
     Args:
         model: A prepared model or any part of one.
 
@@ -76,9 +78,9 @@ def scale_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = hb.prepare_qat_(model, hb.int8_dynamic())
-        >>> scales = set(hb.qat.scale_parameters(model))
-        >>> weights = [p for p in model.parameters() if p not in scales]
-        >>> groups = [{"params": weights}, {"params": list(scales), "weight_decay": 0}]
+        >>> scales = list(hb.qat.scale_parameters(model))
+        >>> weights = [p for p in model.parameters() if not any(p is scale for scale in scales)]
+        >>> groups = [{"params": weights}, {"params": scales, "weight_decay": 0}]
     """
     seen: set[int] = set()
     for module in qat_modules(model):
