@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,36 +23,36 @@ from torch.ao.quantization import HistogramObserver
 import halfbyte as hb
 from models import output, shared_data, vision
 
-_PER_TENSOR = "int8 static, one scale a weight"
 _EQUALIZE, _CORRECT = hb.algorithms.CrossLayerEqualization, hb.algorithms.BiasCorrection
+_PER_TENSOR = "int8 static, one scale a weight"
 VARIANTS: dict[str, tuple[Callable[[], hb.Scheme], Callable[[], list[object]]]] = {
     "int8 static": (hb.int8_static, list),
+    "int8 static, not corrected": (hb.int8_static, lambda: [hb.RTN()]),
+    "int8 static, GPTQ, corrected": (hb.int8_static, lambda: [_CORRECT(), hb.GPTQ()]),
+    _PER_TENSOR: (lambda: hb.int8_static(per_channel=False), lambda: [hb.RTN()]),
+    f"{_PER_TENSOR}, equalized": (lambda: hb.int8_static(per_channel=False), lambda: [_EQUALIZE(), hb.RTN()]),
+    f"{_PER_TENSOR}, equalized, corrected": (lambda: hb.int8_static(per_channel=False), lambda: [_EQUALIZE()]),
+    "W4A8 static, nearest": (hb.int4_int8_static, lambda: [hb.RTN()]),
+    "W4A8 static, MSE, corrected": (hb.int4_int8_static, list),
+    "W4A8 static, GPTQ, corrected": (hb.int4_int8_static, lambda: [_CORRECT(), hb.GPTQ()]),
+    "W4A8 static, AdaRound": (hb.int4_int8_static, lambda: [hb.algorithms.AdaRound()]),
+    "W4A8 static, AdaRound, corrected": (hb.int4_int8_static, lambda: [_CORRECT(), hb.algorithms.AdaRound()]),
     "int8 static, symmetric": (lambda: hb.int8_static(symmetric=True), list),
     "int8 static, min/max": (lambda: hb.int8_static(observer=hb.observers.MinMax()), list),
     "int8 static, 99.9 %": (lambda: hb.int8_static(observer=hb.observers.Percentile()), list),
     "int8 static, entropy": (lambda: hb.int8_static(observer=hb.observers.Entropy()), list),
-    _PER_TENSOR: (lambda: hb.int8_static(per_channel=False), list),
-    f"{_PER_TENSOR}, equalized": (lambda: hb.int8_static(per_channel=False), lambda: [_EQUALIZE()]),
-    f"{_PER_TENSOR}, equalized, corrected": (
-        lambda: hb.int8_static(per_channel=False),
-        lambda: [_EQUALIZE(), _CORRECT()],
-    ),
-    "W4A8 static, nearest": (hb.int4_int8_static, lambda: [hb.RTN()]),
-    "W4A8 static, MSE": (hb.int4_int8_static, lambda: [hb.MSE()]),
-    "W4A8 static, GPTQ": (hb.int4_int8_static, lambda: [hb.GPTQ()]),
-    "W4A8 static, AdaRound": (hb.int4_int8_static, lambda: [hb.algorithms.AdaRound()]),
 }
 
 
-def accuracy(root: Path, name: str, chosen: list[str], images: int | None) -> dict[str, dict[str, object]]:
-    """Top-1 of float and of every chosen variant."""
+def accuracy(root: Path, name: str, chosen: list[str], images: int | None) -> Iterator[tuple[str, dict[str, object]]]:
+    """Top-1 of float and of every chosen variant, one at a time."""
     data = vision.load_data(root, name, images=images, calibration=200)
     model = vision.load_float(root, name)
     batches = list(data.calibration.split(20))
     hb.fuse_(model, batches[0])
     expected = vision.logits(model, data.images)
     right = expected.argmax(1) == data.labels
-    rows: dict[str, dict[str, object]] = {"float32": {"top1": 100 * right.float().mean().item(), "images": len(right)}}
+    yield "float32", {"top1": 100 * right.float().mean().item(), "images": len(right)}
     for variant in chosen:
         scheme, algorithms = VARIANTS[variant]
         quantized = copy.deepcopy(model)
@@ -62,15 +62,17 @@ def accuracy(root: Path, name: str, chosen: list[str], images: int | None) -> di
         found = vision.logits(quantized, data.images)
         now = found.argmax(1) == data.labels
         gained, lost = int((now & ~right).sum()), int((right & ~now).sum())
-        rows[variant] = {
-            "top1": 100 * now.float().mean().item(),
-            "change": 100 * (gained - lost) / len(right),
-            "change_error": 100 * math.sqrt(gained + lost) / len(right),
-            "same": 100 * (found.argmax(1) == expected.argmax(1)).float().mean().item(),
-            "sqnr_db": 10 * math.log10(float(expected.var() / (found - expected).square().mean())),
-            "seconds": seconds,
-        }
-    return rows
+        yield (
+            variant,
+            {
+                "top1": 100 * now.float().mean().item(),
+                "change": 100 * (gained - lost) / len(right),
+                "change_error": 100 * math.sqrt(gained + lost) / len(right),
+                "same": 100 * (found.argmax(1) == expected.argmax(1)).float().mean().item(),
+                "sqnr_db": 10 * math.log10(float(expected.var() / (found - expected).square().mean())),
+                "seconds": seconds,
+            },
+        )
 
 
 def calibration_cost(root: Path, name: str) -> dict[str, object]:
@@ -165,20 +167,25 @@ def main() -> None:
     if arguments.calibrate:
         print(_calibrate(root, arguments.calibrate[0], int(arguments.calibrate[1])))
         return
-    results: dict[str, object] = {}
+
+    def keep(section: str, row: str, values: dict[str, object]) -> None:
+        if arguments.json is not None:
+            output.merge_json(arguments.json, section, {row: values})
+
     for name in arguments.models if "accuracy" in arguments.parts else ():
-        rows = accuracy(root, name, arguments.schemes, arguments.images)
-        results[name] = rows
+        rows: dict[str, dict[str, object]] = {}
+        for variant, row in accuracy(root, name, arguments.schemes, arguments.images):
+            rows[variant] = row
+            keep(name, variant, row)
         print(table(name, rows), flush=True)
     for name in arguments.models if "calibration" in arguments.parts else ():
-        results[f"calibration of {name}"] = cost = calibration_cost(root, name)
+        cost = calibration_cost(root, name)
+        keep("calibration", name, cost)
         print(name, cost, flush=True)
     if "observers" in arguments.parts:
-        results["observers"] = found = observers()
+        found = observers()
+        keep("observers", "16 million values", found)
         print(found)
-    if arguments.json is not None:
-        for part, rows in results.items():
-            output.merge_json(arguments.json, part, rows)
 
 
 if __name__ == "__main__":

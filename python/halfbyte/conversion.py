@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.algorithms import HessianRounding, RoundedLayer
+from halfbyte.algorithms.evening import evened_out
 from halfbyte.building import quantized_module
 from halfbyte.calibration import Forward
 from halfbyte.convolution import ConvModule
 from halfbyte.fallback import Fallback, announce
-from halfbyte.formats import FloatFormat, PackedFormat, PerTensor
+from halfbyte.formats import FloatFormat, IntFormat, PackedFormat, PerTensor
 from halfbyte.hessian import InputHessian
 from halfbyte.io.journal import Journal
 from halfbyte.nn import HalfConv, HalfEmbedding, HalfLinear, QuantizedModule
@@ -142,17 +143,22 @@ def round_weight(weight: Tensor, row: PlanRow, preparation: Preparation, staging
         rounding, importance = preparation.rounding_of(row), preparation.importance_of(row)
         group_size = weight_format.group_size(weight.shape[1])
         packer = WeightPacker(weight_format, row.layout, (weight.shape[0], weight.shape[1]))
+        begin = 0
         for rows in _row_chunks(weight, weight_format):
             part = rounding.round(rows, weight_format, importance)
+            if row.name in preparation.evened and isinstance(weight_format, IntFormat):
+                mean = preparation.means[row.name].of_rows(begin, len(rows), weight.shape[0])
+                part = part if mean is None else evened_out(part, rows, weight_format, mean)
+            begin += len(rows)
             packer.add(part)
             difference = part.dequantize(group_size) - rows
-            shifts.append(_shift(preparation, row, difference, sum(map(len, shifts))))
+            shifts.append(_shift(preparation, row, difference, begin - len(rows)))
             error += difference.square_().sum(dtype=torch.float64).item()
             norm += rows.float().square().sum(dtype=torch.float64).item()
         staging.put(row.name, packer.packed())
     relative_error = (error / norm) ** 0.5 if norm > 0 else 0.0
     name = "cast" if isinstance(weight_format, FloatFormat) else type(rounding).__name__
-    shift = torch.cat(shifts) if row.name in preparation.means else None
+    shift = torch.cat(shifts) if row.name in preparation.corrected else None
     return Rounded(relative_error, time.perf_counter() - start, name, shift=shift)
 
 
@@ -177,7 +183,7 @@ def round_layer(
     norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
     difference = rounded - weight.detach()
     error = torch.linalg.vector_norm(difference, dtype=torch.float64).item()
-    shift = _shift(preparation, row, difference, 0) if row.name in preparation.means else None
+    shift = _shift(preparation, row, difference, 0) if row.name in preparation.corrected else None
     seconds = time.perf_counter() - start
     return Rounded(error / norm if norm > 0 else 0.0, seconds, type(rounding).__name__, layer.fallbacks, shift), rounded
 
@@ -222,9 +228,9 @@ def _joined(parts: Sequence[RoundedLayer]) -> RoundedLayer:
 def _shift(preparation: Preparation, row: PlanRow, error: Tensor, begin: int) -> Tensor:
     """What the error of some rows of a weight adds to their outputs on average; zeros where means are not collected."""
     assert row.shape is not None
-    if row.name not in preparation.means:
+    if row.name not in preparation.corrected:
         return error.new_zeros(len(error), dtype=torch.float64)
-    return preparation.means[row.name].shift(error, slice(begin, begin + len(error)), row.shape[0])
+    return preparation.means[row.name].shift(error, begin, row.shape[0])
 
 
 def _round_in_order(

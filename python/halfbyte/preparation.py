@@ -31,7 +31,7 @@ from halfbyte.edits import WeightEdits
 from halfbyte.errors import QuantizationError
 from halfbyte.fallback import Fallback, OnFallback, announce
 from halfbyte.flow import section_bytes
-from halfbyte.formats import CodebookFormat, FloatFormat
+from halfbyte.formats import CodebookFormat, FloatFormat, IntFormat
 from halfbyte.hessian import InputHessian, hessian_bytes
 from halfbyte.memory import Budget, MemorySize, conversion_budget
 from halfbyte.nn.packed_weight import packed_bytes
@@ -69,6 +69,8 @@ class Preparation:
     ranges: dict[str, InputObserver]
     corrections: tuple[BiasCorrection, ...] = ()
     means: dict[str, InputMean] = field(default_factory=dict)
+    corrected: frozenset[str] = frozenset()  # layers whose bias makes up for the mean error
+    evened: frozenset[str] = frozenset()  # layers whose rounding evens errors out on the mean input
     batches: int = 0
     records: tuple[TransformRecord, ...] = ()
 
@@ -110,6 +112,9 @@ class Preparation:
             made = Plan(rows=tuple(_without_correction(row) if row.name in rows else row for row in made.rows))
         announce(made.fallbacks, on_fallback)
         with_hessian = {row.name for row in inputs} if hessian else set()
+        evened = {row.name for row in inputs if not chosen and _evened(row)}
+        corrected = {row.name for row in inputs if corrections or row.name in evened}
+        corrected = {name for name in corrected if _has_bias(modules[name])}
         statistics = {
             row.name: InputHessian(row.name) if row.name in with_hessian else InputStatistics(row.name)
             for row in made.targets
@@ -129,7 +134,9 @@ class Preparation:
             statistics=statistics,
             ranges=ranges,
             corrections=corrections,
-            means={row.name: InputMean() for row in inputs if corrections and _has_bias(modules[row.name])},
+            means={row.name: InputMean() for row in inputs if row.name in corrected or row.name in evened},
+            corrected=frozenset(corrected),
+            evened=frozenset(evened),
         )
 
     @property
@@ -258,7 +265,7 @@ class Preparation:
         if row.name not in self.statistics or not any(s.tokens for s in self.statistics.values()):
             return None
         mean_square = self.statistics[row.name].mean_square
-        if row.name not in self.means:
+        if row.name not in self.corrected:
             return mean_square
         return (mean_square - self.means[row.name].square_of_mean).clamp(min=0).float()
 
@@ -288,6 +295,12 @@ def _check_algorithms(
 def _observed(module: nn.Module, row: PlanRow) -> bool:
     packed = row.scheme is not None and not isinstance(row.scheme.weight, FloatFormat)
     return packed and not isinstance(module, nn.Embedding)
+
+
+def _evened(row: PlanRow) -> bool:
+    """Whether the default rounding of a layer looks at its mean input: with a static scheme there is calibration data."""
+    scheme = row.scheme
+    return scheme is not None and scheme.static and isinstance(scheme.weight, IntFormat) and scheme.weight.bits > 1
 
 
 def _has_bias(module: nn.Module) -> bool:

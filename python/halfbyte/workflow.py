@@ -58,7 +58,7 @@ def quantize_(
         data: Batches of calibration data: tensors, tuples of positional or dicts of keyword arguments. Optional; with it,
             scale search weights errors by the mean square of the inputs.
         algorithms: Transforms of the float model, in order, then how integers are chosen; default: min/max at 8 bits,
-            `MSE()` below.
+            `MSE()` below; static schemes also even errors out on the mean input and correct biases.
         progress: Show a progress bar on stderr.
         max_memory: Bytes (or "6GB") that the model and the work may take together; default: the model and twice its largest
             layer, and with `GPTQ` the hidden states of all batches. Past it they wait in a temporary file (in `TMPDIR`).

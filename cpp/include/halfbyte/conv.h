@@ -91,8 +91,9 @@ struct ConvKernels {
   void (*finish)(const float* y, int64_t begin, int64_t end, const ConvResults& to);
   // sums[i] = sum of the `inputs` codes from i * inputs on.
   void (*sum_pixels)(const int8_t* codes, int64_t count, int64_t inputs, int32_t* sums);
-  // Whether multiply_rows reads segments of the codes in place, for which it needs pixel sums.
+  // Whether multiply_rows reads segments of the codes in place, and whether it needs pixel sums for that.
   bool (*reads_in_place)(const ConvShape& shape);
+  bool (*needs_pixel_sums)(const ConvShape& shape, const TiledWeight& w);
   // Results of the output pixels [pixel_begin, pixel_end) of one sample and group in the panels [panel_begin,
   // panel_end), for weights with one scale an output and at most kMaxChunk inputs. `scratch`: rows_scratch_bytes,
   // 64-byte aligned.

@@ -10,6 +10,7 @@ constinit const ConvKernels conv_table = {
     .finish = finish,
     .sum_pixels = sum_pixels,
     .reads_in_place = reads_in_place,
+    .needs_pixel_sums = needs_pixel_sums,
     .multiply_rows = multiply_rows,
     .panels_per_tile = kTilePanels,
     .rows_scratch_bytes = conv_scratch_bytes,

@@ -175,6 +175,45 @@ HALFBYTE_INLINE I32x16 dot_quads(I32x16 acc, const U8x64& a, const QuadWeights& 
 
 #endif
 
+// How a tile of conv_rows multiplies: a row of 64 codes of a panel with a quad of activations.
+template <int Range>
+struct CodesTimesActivations {  // unsigned codes, signed activations; Range bounds the codes, as in matmul_int8.inl.h
+  static constexpr bool kUnsignedActivations = false;
+  using Row = DotRow<Range>;
+  using Quad = DotQuad<Range>;
+  static HALFBYTE_INLINE Row row(const uint8_t* p) { return dot_row<Range>(load_row(p)); }
+  static HALFBYTE_INLINE Quad quad(const int8_t* p) { return load_quad<Range>(p); }
+  static HALFBYTE_INLINE I32x16 dot(I32x16 acc, const Row& w, const Quad& a) { return halfbyte::dot<Range>(acc, w, a); }
+};
+
+// Where making activations unsigned (a + 128) costs little, codes of center 128 are made signed: only sums of weights,
+// known once a column, have to be taken off then, and none of activations.
+#if defined(__AVX512VNNI__)
+#define HALFBYTE_UNSIGNED_ACTIVATIONS
+struct ActivationsTimesWeights {
+  static constexpr bool kUnsignedActivations = true;
+  using Row = __m512i;
+  using Quad = __m512i;
+  static HALFBYTE_INLINE Row row(const uint8_t* p) { return xor_rows(load_row(p), set_bytes(0x80)); }
+  static HALFBYTE_INLINE Quad quad(const int8_t* p) { return xor_rows(load_quad<8>(p), set_bytes(0x80)); }
+  static HALFBYTE_INLINE I32x16 dot(I32x16 acc, Row w, Quad a) { return _mm512_dpbusd_epi32(acc, a, w); }
+};
+#elif defined(__AVXVNNI__)
+#define HALFBYTE_UNSIGNED_ACTIVATIONS
+struct ActivationsTimesWeights {
+  static constexpr bool kUnsignedActivations = true;
+  using Row = U8x64;
+  using Quad = __m256i;
+  static HALFBYTE_INLINE Row row(const uint8_t* p) { return xor_rows(load_row(p), set_bytes(0x80)); }
+  static HALFBYTE_INLINE Quad quad(const int8_t* p) {
+    return _mm256_xor_si256(load_quad<8>(p), _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  static HALFBYTE_INLINE I32x16 dot(I32x16 acc, const Row& w, Quad a) {
+    return {_mm256_dpbusd_avx_epi32(acc.lo, a, w.lo), _mm256_dpbusd_avx_epi32(acc.hi, a, w.hi)};
+  }
+};
+#endif
+
 // 4 rows of 64 bytes to 4 vectors of quads in zip order, one after another at `to`.
 HALFBYTE_INLINE void store_zipped(const U8x64 (&rows)[4], uint8_t* to) {
   const U8x64 a = zip_bytes_low(rows[0], rows[1]), b = zip_bytes_high(rows[0], rows[1]);

@@ -138,7 +138,7 @@ void multiply_gathered(const ConvShape& s, const TiledWeight& w, const ConvInput
 }  // namespace
 
 bool needs_pixel_sums(const ConvShape& s, const TiledWeight& w) {
-  return !kernels().conv.is_depthwise(s, w) && has_one_scale(w) && kernels().conv.reads_in_place(s);
+  return !kernels().conv.is_depthwise(s, w) && has_one_scale(w) && kernels().conv.needs_pixel_sums(s, w);
 }
 
 void multiply_conv(const ConvShape& s, const TiledWeight& w, ConvInput x, const float* bias, const ConvResults& y,

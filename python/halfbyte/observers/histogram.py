@@ -42,7 +42,7 @@ class Histogram(Observer):
         (4000, True)
     """
 
-    def __init__(self, *, samples_per_batch: int | None = 1 << 16, **options: object) -> None:
+    def __init__(self, *, samples_per_batch: int | None = 1 << 14, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         if samples_per_batch is not None and samples_per_batch < 1:
             raise ValueError(f"samples_per_batch={samples_per_batch} is not positive; use e.g. 65536, or None for all")
