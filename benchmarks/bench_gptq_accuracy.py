@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+import gptq_mixtures
 import halfbyte as hb
 from halfbyte.calibration import InputStatistics
 from models import ggml_types, llama, output
 
+SEARCH_BATCHES = 1  # of eight windows
 TEXTBOOK = {"error_feedback": 0.0, "polish": 0}
 METHODS: dict[str, Callable[[], object]] = {
     "RTN": lambda: hb.algorithms.RTN(),
@@ -35,11 +37,10 @@ METHODS: dict[str, Callable[[], object]] = {
     "GPTQ, polish": lambda: hb.GPTQ(error_feedback=0.0),
     "GPTQ": lambda: hb.GPTQ(),
 }
-_FLOAT = {"model.embed_tokens": None, "lm_head": None}
 
 
 def _recipe(scheme: hb.Scheme, overrides: dict[str, hb.Scheme] | None = None) -> hb.Recipe:
-    return hb.Recipe(default=scheme, overrides={**(overrides or {}), **_FLOAT})
+    return hb.Recipe(default=scheme, overrides={**(overrides or {}), **gptq_mixtures.KEPT_IN_FLOAT})
 
 
 FORMATS = {
@@ -156,6 +157,15 @@ def main() -> None:
         "--types", nargs="+", choices=ggml_types.BITS, default=["Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K"]
     )
     parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON", help="of peer_gptq.py")
+    parser.add_argument(
+        "--searched",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="BITS",
+        help="mixtures of at most so many bits a weight",
+    )
+    parser.add_argument("--cache", type=Path, help="keeps the measurements of the search")
     parser.add_argument("--calibration", type=int, default=48, help="windows")
     parser.add_argument("--windows", type=int, default=40, help="evaluated of each text")
     parser.add_argument("--threads", type=int, default=2)
@@ -202,6 +212,12 @@ def main() -> None:
                 f"{label}: {library}",
                 peer(model, library, python, folder, weight_format.bits, group, list(calibration)),
             )
+    if arguments.searched:
+        weights = sum(layer.weight.numel() for layer in layers_of(model).values())
+        table = gptq_mixtures.sensitivities(model, calibration[:SEARCH_BATCHES], arguments.cache)
+        for bits in arguments.searched:
+            found = gptq_mixtures.mixture(table, weights, bits)
+            add(f"searched, at most {bits:.3f} bits: GPTQ", quantized(model, hb.GPTQ(), found, list(calibration)))
     if arguments.ggml is not None:
         library, importance = ggml_types.Ggml(arguments.ggml), mean_squares(model, list(calibration))
         for name in arguments.types:

@@ -61,7 +61,14 @@ def gptqmodel(folder: Path, tokens: Tensor, bits: int, group: int) -> tuple[dict
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
-        bits=bits, group_size=group, sym=False, desc_act=False, act_group_aware=True, mse=2.4, offload_to_disk=False
+        bits=bits,
+        group_size=group,
+        sym=False,
+        desc_act=False,
+        act_group_aware=True,
+        mse=2.4,
+        format="gptq_v2",  # in the other one zero points are one less
+        offload_to_disk=False,
     )
     model = GPTQModel.load(str(folder), config, device="cpu", dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens]

@@ -26,7 +26,8 @@ from halfbyte.preparation import Preparation
 from halfbyte.processes import Processes
 from halfbyte.progress import track
 from halfbyte.report import ModuleReport, Report
-from halfbyte.sequential import Resources, round_in_order
+from halfbyte.section import Resources
+from halfbyte.sequential import round_in_order
 from halfbyte.staging import Staging, WeightStore, packed_weight
 from halfbyte.swap import interrupts_deferred, replace_module
 from halfbyte.targets import disable_fast_paths, weight_matrix

@@ -11,18 +11,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from halfbyte.calibration import Forward, evaluating, run_batch, without_padding
-from halfbyte.convolution import ConvGeometry, ConvModule
+from halfbyte.convolution import ConvModule
 from halfbyte.errors import QuantizationError
 from halfbyte.flow import (
     Blocks,
-    BlocksDone,
     BlocksInMemory,
     Flow,
     Run,
@@ -34,35 +32,14 @@ from halfbyte.flow import (
 )
 from halfbyte.hessian import InputHessian
 from halfbyte.memory import keep_large_tensors_apart, return_free_memory
-from halfbyte.processes import Processes, together
+from halfbyte.processes import together
 from halfbyte.progress import track
+from halfbyte.section import Resources, RoundLayer, Section, hessian_shape
 from halfbyte.staging import TensorStore
 from halfbyte.table import format_bytes
-from halfbyte.targets import set_weight_matrix, weight_shape
 
 if TYPE_CHECKING:
     from halfbyte.io.journal import Journal
-
-RoundLayer: TypeAlias = Callable[[str, nn.Module, InputHessian], Tensor]
-"""Rounds the named layer and gives its new weight in floating point, `[O, I]`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What `round_in_order` works with.
-
-    Attributes:
-        blocks: Where blocks come from; None for the model itself.
-        memory: Bytes that hidden states, and running a block on a batch, may take beside what the plan counts; None for no
-            limit. Hidden states get half, and go to a temporary file past that.
-        journal: Keeps what is finished, by block.
-        processes: Share the data and the layers.
-    """
-
-    blocks: Blocks | None = None
-    memory: int | None = None
-    journal: Journal | None = None
-    processes: Processes | None = None
 
 
 def round_in_order(
@@ -150,7 +127,7 @@ def _round_block(
     drift: bool,
 ) -> None:
     """Rounds the layers of a block and moves the flow past it."""
-    section = _Section(
+    section = Section(
         module=source.copy(block),
         reference=source.original(block) if drift else None,
         names={name: name[len(block) + 1 :] for name in names if name.startswith(block + ".")},
@@ -181,7 +158,7 @@ def _round_whole(
             "max_memory is too little: the model's blocks do not simply feed one another, so that a copy of the whole model "
             f"is worked on; that takes {format_bytes(size - resources.memory)} more"
         )
-    whole = _Section(
+    whole = Section(
         module=copy.deepcopy(model),
         reference=model if drift else None,
         names={name: name for name in names},
@@ -192,158 +169,17 @@ def _round_whole(
     whole.round(round_layer, progress=progress)
 
 
-def _advance(flow: Flow, section: _Section, index: int, journal: Journal | None) -> None:
+def _advance(flow: Flow, section: Section, index: int, journal: Journal | None) -> None:
     """Replaces the hidden states by what the section returns."""
     for batch in range(len(section.batches)):
         if section.resources.memory is not None:
             return_free_memory()
-        hidden = {"hidden": hidden_of(section.run(section.module, batch, False))}
+        hidden = {"hidden": hidden_of(section.output(section.module, batch))}
         if section.reference is not None:
-            hidden["float"] = hidden_of(section.run(section.reference, batch, True))
+            hidden["float"] = hidden_of(section.output(section.reference, batch))
         flow.put(batch, hidden["hidden"], hidden.get("float"))
         if journal is not None:
             journal.save_flow(index, batch, hidden)
-
-
-@dataclass(slots=True)
-class _Stage:
-    """Layers that get one tensor; `tensor` keeps it alive while stages are told apart, so that no other is taken for it."""
-
-    tensor: Tensor | None
-    reads: ConvGeometry | None
-    """How convolutions read it; those that do so otherwise have other rows."""
-    names: list[str] = field(default_factory=list)
-    once: bool = True
-    """Each runs once a batch, so that a run may end when the first one was reached."""
-
-
-def _reads(module: nn.Module) -> ConvGeometry | None:
-    if not isinstance(module, ConvModule):
-        return None
-    return replace(ConvGeometry.of(module), out_channels=module.groups)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Section:
-    """A copy of a block (or of the model), the layers to round in it by their names in the model, and its calls."""
-
-    module: nn.Module
-    reference: nn.Module | None
-    """The original in floating point, where drift is wanted."""
-    names: dict[str, str]
-    batches: Sequence[object]
-    run: Callable[[nn.Module, int, bool], object]
-    """Runs the module on a batch, by number: on what the float model produces, or not."""
-    resources: Resources
-
-    def round(self, round_layer: RoundLayer, *, progress: bool) -> None:
-        """Rounds layers that share an input together, in order of execution."""
-        for stage in track(self._stages(), "quantizing layers", enabled=progress):
-            inputs = self._collect(stage)
-            for name in stage.names:
-                if self.resources.memory is not None:
-                    return_free_memory()
-                layer = self._layer(name)
-                weight = round_layer(name, layer, inputs)
-                set_weight_matrix(layer, weight)
-
-    def _layer(self, name: str) -> nn.Module:
-        return self.module.get_submodule(self.names[name])
-
-    def _stages(self) -> list[_Stage]:
-        """The layers in the order in which they first run; those given the very same tensor together."""
-        stages: list[_Stage] = []
-        stage_of: dict[str, _Stage] = {}
-        names = {id(self._layer(name)): name for name in self.names}
-
-        def record(module: nn.Module, args: tuple[object, ...]) -> None:
-            name, given = names[id(module)], args[0] if args else None
-            if name in stage_of:
-                stage_of[name].once = False
-            elif isinstance(given, Tensor):
-                reads = _reads(module)
-                stage = next((s for s in stages if s.tensor is given and s.reads == reads), None)
-                if stage is None:
-                    stage = _Stage(given, reads)
-                    stages.append(stage)
-                stage.names.append(name)
-                stage_of[name] = stage
-
-        with ExitStack() as hooks:
-            for name in self.names:
-                hooks.callback(self._layer(name).register_forward_pre_hook(record).remove)
-            runs = 0
-            with together(self.resources.processes):
-                while len(stage_of) < len(self.names) and runs < len(self.batches):
-                    with without_padding(self.batches[runs]):
-                        self.run(self.module, runs, False)
-                    runs += 1
-        for stage in stages:
-            stage.tensor = None
-            stage.once = stage.once and runs == 1  # else batches take different ways through the block
-        if self.resources.processes is not None:
-            found = self.resources.processes.gather([(stage.names, stage.once) for stage in stages])
-            if any(other != found[0] for other in found):  # as where tokens are routed: each layer by itself
-                ordered = dict.fromkeys(
-                    name for stages_there in found for names_there, _ in stages_there for name in names_there
-                )
-                stages = [_Stage(None, None, [name], once=False) for name in ordered]
-        known = {name for stage in stages for name in stage.names}
-        never = sorted(set(self.names) - known)  # an error later, which says so
-        return stages + [_Stage(None, None, [name], once=False) for name in never]
-
-    def _collect(self, stage: _Stage) -> InputHessian:
-        name = stage.names[0]
-        layer = self._layer(name)
-        inputs = InputHessian(name)
-        with together(self.resources.processes):
-            paired = self._observe(stage, inputs)
-        if self.resources.processes is not None:
-            paired = all(self.resources.processes.gather(paired))
-        if not paired:
-            inputs.discard_drift()
-        if self.resources.processes is not None:
-            inputs.add_up(self.resources.processes, *hessian_shape(layer))
-        return inputs
-
-    def _observe(self, stage: _Stage, inputs: InputHessian) -> bool:
-        """Runs all batches; whether the drift could be observed."""
-        name = stage.names[0]
-        layer = self._layer(name)
-        paired = self.reference is not None and not isinstance(layer, ConvModule)  # drift is for rows of features
-        for batch in range(len(self.batches)):
-            if self.resources.memory is not None:
-                return_free_memory()
-            with without_padding(self.batches[batch]):
-                seen = self._inputs(self.module, name, batch, stop=stage.once)
-                for x in seen:
-                    inputs(layer, (x,))
-                if self.reference is None or not paired:
-                    continue
-                expected = self._inputs(self.reference, name, batch, stop=stage.once)
-                paired = [x.shape for x in seen] == [x.shape for x in expected]  # else tokens were routed otherwise
-                for x, float_x in zip(seen, expected, strict=False):
-                    if paired:
-                        inputs.update_drift(x, float_x)
-        return paired
-
-    def _inputs(self, module: nn.Module, name: str, batch: int, *, stop: bool) -> list[Tensor]:
-        """What a layer gets in one batch; `stop` ends the run at its first call."""
-        seen: list[Tensor] = []
-
-        def record(module: nn.Module, args: tuple[object, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen.append(args[0] if stop else args[0].clone())  # which later layers may change in place
-            if stop:
-                raise BlocksDone
-
-        handle = module.get_submodule(self.names[name]).register_forward_pre_hook(record)
-        try:
-            with suppress(BlocksDone):
-                self.run(module, batch, module is self.reference)
-        finally:
-            handle.remove()
-        return seen
 
 
 def _round_outside(
@@ -394,11 +230,6 @@ def _round_outside(
         if resources.processes is not None:
             hessian.add_up(resources.processes, *hessian_shape(model.get_submodule(name)))
         round_layer(name, model.get_submodule(name), hessian)
-
-
-def hessian_shape(layer: nn.Module) -> tuple[int, int]:
-    """Width of a layer's Hessians, and their number."""
-    return weight_shape(layer)[1], layer.groups if isinstance(layer, ConvModule) else 1
 
 
 @contextmanager

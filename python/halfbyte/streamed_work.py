@@ -23,7 +23,8 @@ from halfbyte.preparation import Preparation, check_weight
 from halfbyte.processes import Processes
 from halfbyte.progress import track
 from halfbyte.schemes import Scheme
-from halfbyte.sequential import Resources, round_in_order
+from halfbyte.section import Resources
+from halfbyte.sequential import round_in_order
 from halfbyte.staging import packed_weight
 from halfbyte.targets import weight_matrix
 

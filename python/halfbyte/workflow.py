@@ -28,7 +28,7 @@ from halfbyte.qat.state import is_qat
 from halfbyte.recipe import Recipe
 from halfbyte.report import Report
 from halfbyte.schemes import Scheme
-from halfbyte.sequential import Resources
+from halfbyte.section import Resources
 from halfbyte.swap import in_parts, put_parts_in_place
 
 _STABLE_EVERY = 4  # batches between two looks at whether ranges have converged
