@@ -12,10 +12,18 @@ from halfbyte import section
 from halfbyte.replay import Replay
 
 
+class Counted(nn.Linear):
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.q, self.o = Counted(8, 8), Counted(8, 8)
         self.runs = 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -44,13 +52,13 @@ def test_settled_modules_run_once_a_batch_and_give_what_they_gave() -> None:
         wanted = [block(x) for x in batches]
         for settled in ([], ["attention.q"], ["attention.o"], ["up"], ["down"]):
             replay.settle(settled)
-            block.attention.runs = 0
+            block.attention.runs = block.attention.q.runs = 0
             for _ in range(2):
                 for index, x in enumerate(batches):
                     with replay.running(index):
                         assert torch.equal(block(x), wanted[index])
-            runs.append(block.attention.runs)
-    assert runs == [4, 4, 2, 0, 0]
+            runs.append((block.attention.runs, block.attention.q.runs))
+    assert runs == [(4, 4), (4, 2), (2, 0), (0, 0), (0, 0)]
     assert "forward" not in vars(block.attention)
 
 

@@ -20,8 +20,8 @@ class Replay:
     """The outputs of a block's submodules that will not change any more, by batch.
 
     A submodule is *settled* once all layers that run before its own last one are, and that one too: then neither its weights
-    nor its inputs change. Only the outermost settled ones are kept. A submodule that runs several times in a batch, or gives
-    something else than tensors, is computed as ever, and so is all that no room is left for.
+    nor its inputs change. What an outer one gives takes the place of what those inside it gave. A submodule that runs several
+    times in a batch, or gives something else than tensors, is computed as ever, and so is all that no room is left for.
 
     Args:
         module: The block. Its modules' forwards are replaced while it runs, and only then.
@@ -45,8 +45,7 @@ class Replay:
             parts = name.split(".")
             for length in range(1, len(parts) + 1):
                 last[".".join(parts[:length])] = index + 1
-        settled = {name for name, index in last.items() if 0 < index <= done} - self._unfit
-        self._modules = [name for name in settled if not any(_inside(name, other) for other in settled)]
+        self._modules = [name for name, index in last.items() if 0 < index <= done and name not in self._unfit]
 
     @contextmanager
     def running(self, batch: int) -> Iterator[None]:
