@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TypeAlias
@@ -55,11 +55,7 @@ class Recipe:
         Raises:
             QuantizationError: with the names nearest to the pattern.
         """
-        for pattern in self.overrides:
-            if not any(matches(pattern, name, module) for name, module in modules.items()):
-                raise QuantizationError(
-                    f"override {show_pattern(pattern)} matches no module; {_suggestion(pattern, modules)}"
-                )
+        check_patterns(self.overrides, modules, "override")
 
     def resolve(
         self, name: str, module: nn.Module, whole: tuple[str, nn.Module] | None = None
@@ -69,12 +65,8 @@ class Recipe:
         What names the module `whole` that it is a part of names it too. A type is that of the whole: an override of `nn.Linear`
         does not mean the parts of an LSTM.
         """
-        named = ((name, module),) if whole is None else ((name, whole[1]), whole)
-        scheme, by = self.default, None
-        for pattern, override in self.overrides.items():
-            if any(matches(pattern, *each) for each in named):
-                scheme, by = override, pattern
-        return scheme, by
+        by = last_match(self.overrides, name, module, whole)
+        return (self.default, None) if by is None else (self.overrides[by], by)
 
 
 def as_recipe(scheme_or_recipe: object) -> Recipe:
@@ -102,6 +94,31 @@ def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> boo
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
+
+
+def check_patterns(patterns: Iterable[Pattern], modules: Mapping[str, nn.Module], what: str) -> None:
+    """Raises if one of `patterns` names none of `modules`.
+
+    Raises:
+        QuantizationError: with the names nearest to the pattern, which it calls `what`.
+    """
+    for pattern in patterns:
+        if not any(matches(pattern, name, module) for name, module in modules.items()):
+            raise QuantizationError(
+                f"{what} {show_pattern(pattern)} matches no module; {_suggestion(pattern, modules)}"
+            )
+
+
+def last_match(
+    patterns: Iterable[Pattern], name: str, module: nn.Module, whole: tuple[str, nn.Module] | None = None
+) -> Pattern | None:
+    """The last pattern that names a module or the module `whole` that it is a part of; a type is that of the whole."""
+    named = ((name, module),) if whole is None else ((name, whole[1]), whole)
+    found = None
+    for pattern in patterns:
+        if any(matches(pattern, *each) for each in named):
+            found = pattern
+    return found
 
 
 def show_pattern(pattern: Pattern) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from qat_models import conv_net, train
-from torch import nn
+from torch import Tensor, nn
 
 import halfbyte as hb
 
@@ -211,6 +213,79 @@ def test_schedule_starts_and_freezes_by_step() -> None:
     model.eval()
     hb.convert_(model, progress=False)
     assert "qat_steps" not in model.state_dict()
+
+
+@pytest.mark.parametrize("how", ["model", "method", "function"])
+def test_schedule_advances_in_a_compiled_model(how: str) -> None:
+    schedule = hb.qat.Schedule(start=2, freeze_observers=4, freeze_batchnorm=5)
+    model, x = conv_net(), torch.randn(4, 3, 8, 8)
+    hb.prepare_qat_(model, hb.int8_static(), x, schedule=schedule)
+    model.train()
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled: Callable[[Tensor], Tensor] = model
+    if how == "model":
+        compiled = torch.compile(model, backend="aot_eager")
+    elif how == "method":
+        model.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(lambda x: model(x), backend="aot_eager")
+    for i in range(7):
+        got, expected = compiled((1 + i) * x), eager((1 + i) * x)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, tensor in eager.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_in_one_graph_is_refused() -> None:
+    model = hb.prepare_qat_(mlp(), hb.int8_static(), schedule=hb.qat.Schedule(start=2))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Schedule counts steps in Python"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(batches()[0])
+
+
+def test_methods_are_given_by_pattern() -> None:
+    model = conv_net()
+    hb.prepare_qat_(
+        model,
+        hb.int_static(4, 8),
+        torch.randn(4, 3, 8, 8),
+        weights={"*": "lsq", nn.Linear: "mse"},
+        activations={"0": "learned"},
+    )
+    layers = [module for module in model.modules() if isinstance(module, hb.qat.QATModule)]
+    for layer in layers:
+        assert isinstance(layer.weight_quantizer, hb.qat.LearnedWeight) == (not isinstance(layer, nn.Linear))
+        assert isinstance(layer.input_quantizer, hb.qat.LearnedActivation) == (layer.name == "0")
+    assert {isinstance(layer, nn.Linear) for layer in layers} == {True, False}
+
+
+def test_methods_of_a_whole_reach_its_parts() -> None:
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "head": nn.Linear(8, 4)})
+    hb.prepare_qat_(model, hb.int_weight_only(4), weights={"lstm": "learned"})
+    assert isinstance(model["lstm"].ih_l0.weight_quantizer, hb.qat.LearnedWeight)
+    assert not isinstance(model["head"].weight_quantizer, hb.qat.LearnedWeight)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({"fc": "lsq"}, hb.QuantizationError, "pattern of weights 'fc' matches no module"),
+        ({"0": None}, TypeError, "names of methods"),
+        ({0: "lsq"}, TypeError, "names or module types"),
+        (["lsq"], TypeError, "neither a method nor patterns"),
+        ({"2": "seq"}, ValueError, "2: weights='seq' does not quantize to"),
+        ({"2": "best"}, ValueError, "2: weights='best' is unknown"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused(weights: object, error: type[Exception], message: str) -> None:
+    model = mlp()
+    kinds = [type(module) for module in model]
+    with pytest.raises(error, match=message):
+        hb.prepare_qat_(model, hb.int8_dynamic(), weights=weights)
+    assert [type(module) for module in model] == kinds
 
 
 def test_switches_need_a_prepared_model() -> None:

@@ -329,6 +329,7 @@ def test_compiled_training_step_equals_eager(weights: str) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         hb.prepare_qat_(model, hb.schemes.codebook_weight_only(SEQ, 8), weights=weights)
+        torch._dynamo.reset()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         run(x).square().sum().backward()
         results.append([p.grad for p in model.parameters()])

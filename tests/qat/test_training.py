@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -148,6 +149,20 @@ def test_compiled_step_with_trained_scales_is_the_eager_one(weights: str, activa
     assert_compiles_to_the_same(prepared(weights, activations), images()[0])
 
 
+@pytest.mark.parametrize(("weights", "activations"), METHODS)
+def test_one_graph_trains_on_batches_of_any_size(weights: str, activations: str) -> None:
+    model = prepared(weights, activations).train()
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (4, 2, 3):
+        x = images()[0][:count]
+        for net in (compiled, eager):
+            mean_square(net(x)).backward()
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
 def assert_compiles_to_the_same(model: nn.Module, x: Tensor) -> None:
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
@@ -185,6 +200,44 @@ def test_model_in_bfloat16_trains_and_converts() -> None:
     x = torch.randn(6, 48, dtype=torch.bfloat16)
     train(model, [x] * 3)
     assert_converts_to_the_same(model, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("weights", "activations"), METHODS)
+def test_prepared_model_moves_to_half_precision(weights: str, activations: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    hb.prepare_qat_(model, hb.int_static(4, 8), weights=weights, activations=activations)
+    model.to(dtype)
+    batches = [torch.randn(8, 16, dtype=dtype) for _ in range(4)]
+    assert all(map(math.isfinite, train(model, batches, lr=0.01)))
+    assert_converts_to_the_same(model, (batches[0],))
+
+
+@pytest.mark.parametrize(("weights", "activations"), METHODS)
+def test_nan_in_a_batch_reaches_no_scale_and_no_range(weights: str, activations: str) -> None:
+    model = prepared(weights, activations).train()
+    x = images()[0]
+    mean_square(model(x)).backward()
+    model.zero_grad()
+    x[0, 0, 0, 0] = math.nan
+    mean_square(model(x)).backward()
+    for scale in hb.qat.scale_parameters(model):
+        assert scale.grad is None or scale.grad.isfinite().all()
+    for layer in model.modules():
+        if isinstance(layer, hb.qat.QATModule) and layer.input_quantizer is not None:
+            assert all(buffer.isfinite().all() for buffer in layer.input_quantizer.buffers())
+
+
+@pytest.mark.parametrize(("weights", "activations"), METHODS)
+def test_frozen_layers_get_no_gradient(weights: str, activations: str) -> None:
+    model = prepared(weights, activations).train()
+    first = next(layer for layer in model.modules() if isinstance(layer, hb.qat.QATModule))
+    first.requires_grad_(False)
+    mean_square(model(images()[0])).backward()
+    assert all(p.grad is None for p in first.parameters())
+    model.requires_grad_(False)
+    assert not model(images()[0]).requires_grad
 
 
 def test_gradients_accumulate_over_micro_batches() -> None:

@@ -136,7 +136,7 @@ def _arguments(
     """What the C++ operators get, checked."""
     check_float(x, "x")
     check_range(qmin, qmax)
-    if not math.isfinite(grad_factor):
+    if not torch.compiler.is_compiling() and not math.isfinite(grad_factor):
         raise ValueError(f"grad_factor={grad_factor} is not finite")
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; use one of {', '.join(map(repr, _ESTIMATORS))}")

@@ -14,9 +14,6 @@ from halfbyte.ops import Estimator
 from halfbyte.qat.affine import MemoryOrder
 from halfbyte.qat.functions import Gradients, Pullback
 
-_LARGEST = {torch.float16: 65504.0}
-_LARGEST_GRADIENT = 2.0**40
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LearnedAffine:
@@ -183,7 +180,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, parameter: Tensor, dtype: torch.dtype, logarithm: bool) -> Tensor:
         number = parameter.detach().float()
-        smallest, largest = torch.finfo(dtype).tiny, _LARGEST.get(dtype, 2.0**60)
+        smallest, largest = torch.finfo(dtype).tiny, 65504.0 if dtype is torch.float16 else 2.0**60
         magnitude = number.exp() if logarithm else number.abs()
         magnitude = torch.nan_to_num(magnitude, nan=smallest, posinf=largest)
         scale = torch.clamp(magnitude, smallest, largest).to(dtype).float()
@@ -198,7 +195,8 @@ class _Scale(torch.autograd.Function):
 
 def bounded_gradient(grad: Tensor) -> Tensor:
     """0 for what is not finite, else limited to ±2^40."""
-    return torch.clamp(torch.nan_to_num(grad, 0.0, 0.0, 0.0), -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+    largest = 2.0**40  # not a global: in graphs of any size those are symbols, which autograd functions cannot take
+    return torch.clamp(torch.nan_to_num(grad, 0.0, 0.0, 0.0), -largest, largest)
 
 
 def zero_point_of_offset(offset: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:

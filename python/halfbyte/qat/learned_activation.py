@@ -10,7 +10,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfbyte import functional, ops
@@ -24,7 +23,13 @@ from halfbyte.qat.learned import (
     zero_point_of_offset,
     zero_point_of_part,
 )
-from halfbyte.qat.quantizer_base import StaticActivation, all_reduced_range, in_memory_order, recomputing
+from halfbyte.qat.quantizer_base import (
+    StaticActivation,
+    all_reduced_mean,
+    all_reduced_range,
+    recomputing,
+    shares_ranges,
+)
 
 _SAMPLE = 1 << 14  # elements at least, of the first batch
 _PARTS = 40
@@ -65,7 +70,8 @@ class LearnedActivation(StaticActivation, nn.Module):
 
     def fake(self, x: Tensor) -> FakeQuantize:
         """See `ActivationQuantizer`."""
-        if self.training and x.numel() and not recomputing() and (torch.compiler.is_compiling() or not self.batches):
+        first = torch.compiler.is_compiling() or not self.batches
+        if self.training and first and not recomputing() and (x.numel() or shares_ranges()):
             self._initialize(x.detach())
         f = self.format
         scale, zero_point = self._current()
@@ -105,9 +111,9 @@ class LearnedActivation(StaticActivation, nn.Module):
         """Scale, and the value of the lowest code of an asymmetric range, which holds zero."""
         f = self.format
         if f.symmetric and self.method == "lsq":
-            mean = all_reduced_mean(x.abs().mean())
+            mean = all_reduced_mean(x.abs().mean(), x)
             return 2 * mean / math.sqrt(f.qmax), torch.zeros_like(mean)
-        low, high = all_reduced_range(*ops.observe_minmax(in_memory_order(x)))
+        low, high = all_reduced_range(x)
         if self.method == "learned":
             low, high = _clipped(x, low, high, f)
         low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
@@ -155,7 +161,7 @@ class PactActivation(LearnedActivation):
         return scale, torch.zeros_like(scale)
 
     def _first_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, high = all_reduced_range(*ops.observe_minmax(in_memory_order(x)))
+        _, high = all_reduced_range(x)
         return high, torch.zeros_like(high)
 
     def extra_repr(self) -> str:
@@ -170,15 +176,6 @@ def _clipped(x: Tensor, low: Tensor, high: Tensor, f: IntFormat) -> tuple[Tensor
     scale, zero_point = qparams_of_range(low * parts, high * parts, qmin=f.qmin, qmax=f.qmax, symmetric=f.symmetric)
     options = {"qmin": f.qmin, "qmax": f.qmax, "axis": 0}
     rounded = functional.fake_quantize(sample.expand(_PARTS, -1), scale, zero_point, **options)
-    at = all_reduced_mean((rounded - sample).square().mean(1)).argmin(0, keepdim=True)
+    at = all_reduced_mean((rounded - sample).square().mean(1), x).argmin(0, keepdim=True)
     best = parts.gather(0, at).squeeze(0)  # a compiled graph cannot index by what it computes
     return low * best, high * best
-
-
-def all_reduced_mean(mean: Tensor) -> Tensor:
-    """The mean over all processes of the default `torch.distributed` group, if there is one; all of them must call."""
-    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized():
-        return mean
-    total = mean.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

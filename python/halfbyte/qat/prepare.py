@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from halfbyte.qat.modules import QATModule, qat_type
 from halfbyte.qat.quantizer_base import WeightQuantizer
 from halfbyte.qat.quantizers import activation_quantizer, weight_quantizer
 from halfbyte.qat.state import QATState, Schedule, remember
-from halfbyte.recipe import Recipe
+from halfbyte.recipe import Pattern, Recipe, check_patterns, last_match
 from halfbyte.schemes import Scheme
 from halfbyte.swap import interrupts_deferred, put_parts_in_place, replace_module
 from halfbyte.targets import disable_fast_paths
@@ -31,8 +32,8 @@ def prepare_qat_(
     recipe: Scheme | Recipe | Plan,
     example_inputs: object = None,
     *,
-    weights: str = "auto",
-    activations: str = "auto",
+    weights: str | Mapping[Pattern, str] = "auto",
+    activations: str | Mapping[Pattern, str] = "auto",
     schedule: Schedule | None = None,
     on_fallback: OnFallback = "warn",
 ) -> nn.Module:
@@ -46,7 +47,8 @@ def prepare_qat_(
         recipe: A scheme, a `Recipe` with overrides (mixed precision), or a `Plan`, such as an allocation of the bit search.
         example_inputs: One batch, as for `fuse_`: shows which batch normalization follows which layer, so that the layer
             trains with it folded into its weight.
-        weights: How scales of weights are found: see `qat.weight_quantizer`.
+        weights: How scales of weights are found: see `qat.weight_quantizer`. One method for all layers, or patterns to methods
+            as the overrides of a `Recipe` have them: the last that matches wins, layers that none names have "auto".
         activations: The same for static activations: see `qat.activation_quantizer`.
         schedule: When fake quantization starts, and what is frozen when.
         on_fallback: As in `quantize_`.
@@ -56,6 +58,7 @@ def prepare_qat_(
 
     Raises:
         QuantizationError: as `quantize_`, or the model is prepared already. The model is as it was.
+        ValueError: a method is unknown or does not fit the layer's format. The model is as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
@@ -78,21 +81,22 @@ def prepare_qat_(
     if hasattr(model, "_halfbyte_preparation"):
         raise QuantizationError("hb.prepare_ prepared the model for calibration; finish with hb.convert_(model)")
     made = plan(model, recipe)
-    made = with_checked_weights(made, ModelInParts.of(model, made.taken_apart).modules)
+    view = ModelInParts.of(model, made.taken_apart)
+    weight_methods = _methods("weights", weights, made, view)
+    activation_methods = _methods("activations", activations, made, view)
+    made = with_checked_weights(made, view.modules)
     pairs: dict[str, str] = {}
     kept = _batch_norms(model)
     if kept and example_inputs is not None:
         pairs, kept = find_batch_norms(model, example_inputs)
     made, pairs = _with_batch_norms(made, pairs, kept, traced=example_inputs is not None)
-    methods = {row.name: weights for row in made.targets}
-    if weights == "learned":
-        made, from_scratch = _from_scratch(model, made, pairs)
-        methods |= dict.fromkeys(from_scratch, "lsq")
-    _check_embeddings(model, made)
+    made, from_scratch = _from_scratch(model, made, pairs, weight_methods)
+    weight_methods |= dict.fromkeys(from_scratch, "lsq")
+    _check_embeddings(view, made)
     announce(made.fallbacks, on_fallback)
     undo = put_parts_in_place(model, made.taken_apart)
     try:
-        swaps = _new_modules(model, made, pairs, methods, activations)
+        swaps = _new_modules(model, made, pairs, weight_methods, activation_methods)
         state = QATState(plan=made, batch_norms=pairs, schedule=schedule)
     except BaseException:
         undo()
@@ -110,10 +114,25 @@ def prepare_qat_(
     return model
 
 
-def _check_embeddings(model: nn.Module, made: Plan) -> None:
-    modules = ModelInParts.of(model, made.taken_apart).modules
+def _methods(argument: str, given: object, made: Plan, view: ModelInParts) -> dict[str, str]:
+    """The method of each layer that has a scheme."""
+    if isinstance(given, str):
+        return {row.name: given for row in made.targets}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{argument}={given!r} is neither a method nor patterns to methods")
+    for pattern, method in given.items():
+        if not isinstance(pattern, str | type) or not isinstance(method, str):
+            raise TypeError(f"{argument}[{pattern!r}]={method!r}: give names or module types, and the names of methods")
+    wholes = {row.name: view.whole(row.name) for row in made.targets}
+    layers = {name: view.modules[name] for name in wholes}
+    check_patterns(given, {**layers, **dict(whole for whole in wholes.values() if whole)}, f"pattern of {argument}")
+    found = {name: last_match(given, name, module, wholes[name]) for name, module in layers.items()}
+    return {name: "auto" if pattern is None else given[pattern] for name, pattern in found.items()}
+
+
+def _check_embeddings(view: ModelInParts, made: Plan) -> None:
     for row in made.targets:
-        if getattr(modules[row.name], "sparse", False):
+        if getattr(view.modules[row.name], "sparse", False):
             raise QuantizationError(
                 f"{row.name} has sparse=True; gradients of fake quantization are dense: use sparse=False, or leave it out "
                 f"with hb.Recipe(..., overrides={{{row.name!r}: None}})"
@@ -146,8 +165,10 @@ def _with_batch_norms(
     return Plan(rows=tuple(rows.values())), pairs
 
 
-def _from_scratch(model: nn.Module, made: Plan, pairs: Mapping[str, str]) -> tuple[Plan, list[str]]:
-    """Layers whose batch normalization never ran, with the fallback that says how their scales are trained.
+def _from_scratch(
+    model: nn.Module, made: Plan, pairs: Mapping[str, str], methods: Mapping[str, str]
+) -> tuple[Plan, list[str]]:
+    """Layers with "learned" scales whose batch normalization never ran, with the fallback that says how they are trained.
 
     Its running variance, and with it the weight that it is folded into, moves further in the first steps than a logarithm
     that is trained at the rate of the weights can follow.
@@ -158,7 +179,8 @@ def _from_scratch(model: nn.Module, made: Plan, pairs: Mapping[str, str]) -> tup
         steps = None if norm is None else norm.num_batches_tracked
         weight_format = None if row.scheme is None else row.scheme.weight
         if (
-            isinstance(steps, Tensor)
+            methods.get(row.name) == "learned"
+            and isinstance(steps, Tensor)
             and int(steps) == 0
             and isinstance(weight_format, IntFormat)
             and weight_format.symmetric
@@ -171,7 +193,7 @@ def _from_scratch(model: nn.Module, made: Plan, pairs: Mapping[str, str]) -> tup
 
 
 def _new_modules(
-    model: nn.Module, made: Plan, pairs: dict[str, str], methods: Mapping[str, str], activations: str
+    model: nn.Module, made: Plan, pairs: dict[str, str], weights: Mapping[str, str], activations: Mapping[str, str]
 ) -> list[tuple[tuple[str, ...], nn.Module]]:
     """What takes the place of which names."""
     swaps: list[tuple[tuple[str, ...], nn.Module]] = []
@@ -188,16 +210,26 @@ def _new_modules(
         quantizer = quantizers.get(row.tied_to or "")
         made_here = quantizer is None
         if quantizer is None:
-            quantizer = weight_quantizer(row.scheme.weight, row.shape, methods[row.name])
+            with _naming(row.name):
+                quantizer = weight_quantizer(row.scheme.weight, row.shape, weights[row.name])
         quantizers[row.name] = quantizer
-        module = qat_type(old).of(
-            old, row.name, row.scheme, row.layout, quantizer, _input_quantizer(old, row, activations), norm
-        )
+        with _naming(row.name):
+            of_input = _input_quantizer(old, row, activations[row.name])
+        module = qat_type(old).of(old, row.name, row.scheme, row.layout, quantizer, of_input, norm)
         if made_here:
             matrix, _ = module.folded()
             quantizer.initialize(matrix.detach())
         swaps.append(((row.name, *row.aliases), module))
     return swaps
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """What is wrong with the method of a layer, with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
 
 
 def _input_quantizer(old: nn.Module, row: PlanRow, method: str) -> nn.Module | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halfbyte import ops
 from halfbyte.errors import QuantizationError
 from halfbyte.formats import IntFormat, PackedFormat
 from halfbyte.nn.packed_weight import WeightCodes
@@ -102,18 +104,39 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def all_reduced_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The range over all processes of the default `torch.distributed` group, if there is one; all of them must call."""
-    if (
-        torch.compiler.is_compiling()
-        or not dist.is_available()
-        or not dist.is_initialized()
-        or dist.get_world_size() == 1
-    ):
+def shares_ranges() -> bool:
+    """Whether ranges are those of several processes: of the default `torch.distributed` group, if there is one."""
+    return (
+        not torch.compiler.is_compiling()
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    )
+
+
+def all_reduced_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of x over all processes that share ranges; all of them must call, with an empty x, too.
+
+    Where all are empty, the range is from infinity to minus infinity.
+    """
+    if x.numel():
+        low, high = ops.observe_minmax(in_memory_order(x))
+    else:
+        low, high = torch.tensor(math.inf), torch.tensor(-math.inf)
+    if not shares_ranges():
         return low, high
     ends = torch.stack([-low, high])
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     return -ends[0], ends[1]
+
+
+def all_reduced_mean(mean: Tensor, x: Tensor) -> Tensor:
+    """The mean over all processes that share ranges of what was computed from x; an empty x does not count. All must call."""
+    if not shares_ranges():
+        return mean
+    total = torch.stack([mean, torch.ones_like(mean)]) if x.numel() else torch.zeros(2, *mean.shape)
+    dist.all_reduce(total)
+    return total[0] / total[1]
 
 
 def in_memory_order(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from halfbyte.qat.quantizer_base import (
     StaticActivation,
     WeightQuantizer,
     all_reduced_range,
-    in_memory_order,
     recomputing,
+    shares_ranges,
 )
 from halfbyte.qat.switches import Switches
 
@@ -186,25 +186,26 @@ class MovingAverageActivation(StaticActivation, Switches):
 
     def fake(self, x: Tensor) -> FakeQuantize:
         """See `ActivationQuantizer`."""
-        if self.training and self.on("observing") and x.numel() and not recomputing():
+        if self.training and self.on("observing") and not recomputing() and (x.numel() or shares_ranges()):
             self._observe(x.detach())
         scale, zero_point = self._current()
         return Affine(scale, zero_point, self.format.qmin, self.format.qmax)
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = all_reduced_range(*ops.observe_minmax(in_memory_order(x)))
+        low, high = all_reduced_range(x)
         usable = torch.isfinite(low) & torch.isfinite(high)
         # A range of zeros alone, such as that of an initial state, counts until something else comes.
         part = torch.where(self.high > self.low, self.momentum, 1.0)
-        self.low.copy_(torch.where(usable, torch.lerp(self.low, low, part), self.low))
-        self.high.copy_(torch.where(usable, torch.lerp(self.high, high, part), self.high))
+        for buffer, end in ((self.low, low), (self.high, high)):  # of a model in half precision, so are the buffers
+            buffer.copy_(torch.where(usable, torch.lerp(buffer.float(), end, part), buffer))
         self.batches.add_(usable)
 
     @torch.no_grad()
     def _current(self) -> tuple[Tensor, Tensor]:
         f = self.format
-        return qparams_of_range(self.low, self.high, qmin=f.qmin, qmax=f.qmax, symmetric=f.symmetric)
+        low, high = self.low.float(), self.high.float()
+        return qparams_of_range(low, high, qmin=f.qmin, qmax=f.qmax, symmetric=f.symmetric)
 
     def extra_repr(self) -> str:
         """Format, for `print(model)`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -109,7 +110,21 @@ def qat_modules(model: nn.Module) -> Iterator[QATModule]:
 
 def count_step(model: nn.Module, args: tuple[object, ...]) -> None:
     """Forward pre-hook of a prepared model with a schedule."""
-    if not model.training or torch.compiler.is_compiling() or recomputing():
+    if torch.compiler.is_exporting():
+        return  # a graph for use elsewhere: no step
+    _count_step(model)
+
+
+@partial(
+    torch.compiler.disable,
+    reason=(
+        "a hb.qat.Schedule counts steps in Python: compile without fullgraph=True, or without a schedule and call "
+        "hb.qat.set_enabled, freeze_observers and freeze_batchnorm yourself"
+    ),
+)
+def _count_step(model: nn.Module) -> None:
+    """Switches what is due at this step; inside a compiled model too, which is compiled anew where a switch has changed."""
+    if not model.training or recomputing():
         return
     schedule = qat_state(model).schedule
     steps = model._buffers[_STEPS]
