@@ -56,22 +56,23 @@ void prepare_block(const ConvShape& s, const TiledWeight& w, const float* bias, 
                       unpacked + p * panel_bytes);
     }
   });
-  const auto weight_of = [&](int64_t c, int64_t tap) {
-    const int code = unpacked[c / kPanel * panel_bytes + tap / 4 * 64 + c % kPanel * 4 + tap % 4];
-    return bits == 1 ? 2 * code - 1 : code - (1 << (bits - 1));
-  };
   std::memset(weights, 0, static_cast<size_t>(s.kernel[2] * quads * kLineBytes));
   float scales[64] = {}, biases[64] = {};
   int32_t sums[64] = {};
   for (int64_t p = 0; p < panels; ++p) store_f32(scales + p * kPanel, load_scales(w, 0, channel / kPanel + p));
-  for (int64_t c = 0; c < block.present; ++c) {
-    const int64_t lane = c / 16, vector = c % 16 / 4, element = lane * 4 + c % 4;
-    biases[c] = bias == nullptr ? 0.0f : bias[channel + c];
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t ky = tap / s.kernel[2], kx = tap % s.kernel[2];
-      const int weight = weight_of(c, tap);
-      sums[c] += weight;
-      weights[(kx * quads + ky / 4) * kLineBytes + vector * 64 + element * 4 + ky % 4] = static_cast<uint8_t>(weight);
+  if (bias != nullptr) std::memcpy(biases, bias + channel, static_cast<size_t>(block.present) * sizeof(float));
+  const int factor = bits == 1 ? 2 : 1, center = bits == 1 ? 1 : 1 << (bits - 1);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t ky = tap / s.kernel[2], kx = tap % s.kernel[2];
+    uint8_t* column = weights + (kx * quads + ky / 4) * kLineBytes + ky % 4;
+    for (int64_t p = 0; p < panels; ++p) {  // a panel is a lane
+      const uint8_t* from = unpacked + p * panel_bytes + tap / 4 * 64 + tap % 4;
+      const int64_t count = std::min(kPanel, block.present - p * kPanel);
+      for (int64_t c = 0; c < count; ++c) {
+        const int weight = factor * from[4 * c] - center;
+        sums[p * kPanel + c] += weight;
+        column[c / 4 * 64 + (p * 4 + c % 4) * 4] = static_cast<uint8_t>(weight);
+      }
     }
   }
   for (int v = 0; v < 4; ++v) {

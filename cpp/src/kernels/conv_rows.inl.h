@@ -381,8 +381,31 @@ bool needs_pixel_sums(const ConvShape& s, const TiledWeight& w) {
   return reads_in_place(s) && !unsigned_activations(w);
 }
 
+// Whole rows of 64 codes are read, of which the ones of the last row pick what belongs to the pixel; the last pixels,
+// behind which 64 bytes may not be there, are summed on their own.
 void sum_pixels(const int8_t* codes, int64_t count, int64_t inputs, int32_t* sums) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = sum_bytes(codes + i * inputs, inputs);
+  static constexpr Ones kOnes;
+  static constexpr uint8_t kNothing[64] = {};
+  const int64_t rows = ceil_div(inputs, 64), last = inputs - 64 * (rows - 1);
+  const int64_t whole = rows > 4 || rows == 0 ? 0 : std::max<int64_t>(count - ceil_div(64 * rows, inputs), 0);
+  uint8_t some[64];
+  std::memcpy(some, kNothing, 64);
+  std::memcpy(some, kOnes.bytes, static_cast<size_t>(rows == 0 ? 0 : last));
+  const QuadWeights ones = load_quad_weights(kOnes.bytes), ones_of_last = load_quad_weights(some);
+  const U8x64 flip = set_bytes(0x80);
+  for (int64_t i = 0; i < whole; ++i) {
+    const auto* from = reinterpret_cast<const uint8_t*>(codes + i * inputs);
+    I32x16 total = set_i32(0);  // of unsigned codes + 128
+    for (int64_t row = 0; row + 1 < rows; ++row, from += 64) {
+      total = dot_quads(total, xor_rows(load_row(from), flip), ones);
+    }
+    total = dot_quads(total, xor_rows(load_row(from), flip), ones_of_last);
+    int32_t lanes[16], sum = 0;
+    store_i32(lanes, total);
+    for (int32_t lane : lanes) sum += lane;
+    sums[i] = sum - static_cast<int32_t>(128 * inputs);
+  }
+  for (int64_t i = whole; i < count; ++i) sums[i] = sum_bytes(codes + i * inputs, inputs);
 }
 
 }  // namespace

@@ -30,8 +30,11 @@ void multiply_depthwise(const ConvShape& s, const TiledWeight& w, const ConvInpu
   const int64_t lines = s.out[1], blocks = ceil_div(s.out_channels, kDepthwiseChannels);
   const int64_t tasks = tasks_for(8 * s.batch * s.out_pixels() * s.out_channels * s.taps());
   const int64_t of_sample = std::min(ceil_div(tasks, s.batch), lines * blocks);
-  // Lines are split first: neighbours share what they read.
-  const int64_t runs = std::min(of_sample, lines), parts = std::min(ceil_div(of_sample, runs), blocks);
+  // Channels are split first where they keep the threads equally busy: the weights of a block are made ready once a
+  // task. Else lines, of which neighbours share what they read.
+  const bool by_channels = blocks % of_sample == 0 || blocks >= 4 * of_sample;
+  const int64_t runs = by_channels ? 1 : std::min(of_sample, lines),
+                parts = std::min(ceil_div(of_sample, runs), blocks);
   parallel_for(s.batch * runs * parts, ceil_div(s.batch * runs * parts, tasks), [&](int64_t begin, int64_t end) {
     thread_local LocalBuffer buffer;
     void* memory = buffer.get(kernels().conv.depthwise_scratch_bytes(s, w.shape));

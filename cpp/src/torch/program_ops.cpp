@@ -44,10 +44,13 @@ class Program {
 
   std::vector<Tensor> run() {
     if (batch_ == 0) return results_;
-    const std::vector<int64_t> size = {batch_ * check_size(arena_bytes_) + 64};
-    const Tensor arena = new_tensor(size, ScalarType::Byte);
-    arena_ = static_cast<std::byte*>(arena.mutable_data_ptr());
-    arena_ += (64 - reinterpret_cast<uintptr_t>(arena_) % 64) % 64;
+    // Kept from call to call up to some size: pages that are fresh from the system cost more than the steps that use
+    // them.
+    constexpr int64_t kKeptArena = 64 << 20;
+    thread_local LocalBuffer kept;
+    LocalBuffer large;
+    const int64_t bytes = batch_ * check_size(arena_bytes_) + 64;
+    arena_ = (bytes <= kKeptArena ? kept : large).get(bytes);
     while (step_ < step_end_) {
       switch (static_cast<Step>(next())) {
         case Step::kQuantize:
