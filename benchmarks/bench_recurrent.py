@@ -1,11 +1,12 @@
 """Times LSTM layers and bags of embeddings beside PyTorch's float32 and its own quantized forms.
 
-    python benchmarks/bench_recurrent.py [--threads 2] [--parts lstm,bag] [--seconds 2] [--json FILE]
+    python benchmarks/bench_recurrent.py [--threads 2] [--parts lstm,bag,attention] [--seconds 2] [--json FILE]
 
 All contenders of a case take turns, so that they see the same machine; a figure is the median of each. LSTMs have one layer of
-h inputs and h units and run 64 steps; `nn.quantized.dynamic.LSTM` is the one that `torch.ao.quantization.quantize_dynamic`
-makes. Bags are sums of 32 random rows of a table of 1,000,000 x 128, 512 bags a call, other rows at every call. Every
-contender's output is compared with float32 first.
+h inputs and h units and run 64 steps, or 12 such layers and run one step, so that no weight is in a cache;
+`nn.quantized.dynamic.LSTM` is the one that `torch.ao.quantization.quantize_dynamic` makes. Attention is that of 12 heads of 64,
+without projections. Bags are sums of 32 random rows of a table of 1,000,000 x 128, 512 bags a call, other rows at every call.
+Every contender's output is compared with float32 first.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from torch import Tensor, nn
 import halfbyte as hb
 from bench_elementwise import cpu_name
 
-STEPS = 64
-LSTM_CASES = [(512, 1), (512, 16), (1024, 1), (1024, 16)]  # hidden size, batch
+LSTM_CASES = {  # hidden size, batch, steps, layers
+    "lstm h512 batch 1": (512, 1, 64, 1),
+    "lstm h512 batch 16": (512, 16, 64, 1),
+    "lstm h1024 batch 1": (1024, 1, 64, 1),
+    "lstm h1024 batch 16": (1024, 16, 64, 1),
+    "lstm h1024 batch 1, one step of 12 layers": (1024, 1, 1, 12),
+}
+ATTENTION_CASES = [(8, 128), (1, 512)]  # batch, length
 ROWS, DIM, BAGS, BAG = 1_000_000, 128, 512, 32
 INDEX_SETS = 16
 TOLERANCE = {8: 0.05, 4: 0.25, 2: 0.9}  # largest relative error of the output against float32, by bits of the weights
@@ -57,15 +64,15 @@ class Row:
     ratio_to_quantized: float
 
 
-def lstm_contenders(hidden: int, batch: int) -> Iterator[Contender]:
+def lstm_contenders(hidden: int, batch: int, steps: int = 64, layers: int = 1) -> Iterator[Contender]:
     """PyTorch's float32 first, its dynamic INT8 second."""
     torch.manual_seed(0)
-    x = torch.randn(STEPS, batch, hidden)
+    x = torch.randn(steps, batch, hidden)
     torch.backends.quantized.engine = "x86"
 
     def model() -> nn.Sequential:
         torch.manual_seed(1)
-        return nn.Sequential(nn.LSTM(hidden, hidden)).eval()
+        return nn.Sequential(nn.LSTM(hidden, hidden, layers)).eval()
 
     def contender(name: str, model: nn.Module, bits: int) -> Contender:
         return Contender(name, lambda: model(x)[0], TOLERANCE[bits])
@@ -114,6 +121,23 @@ def bag_contenders(bits: int) -> Iterator[Contender]:
     yield contender(f"int{bits} per row", lambda ids: model["bag"](ids, offsets))
 
 
+def attention_contenders(batch: int, length: int) -> Iterator[Contender]:
+    """PyTorch's fused float32 first, the same in separate products second, then INT8 products around its softmax."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, 12, length, 64) for _ in range(3))
+
+    def separate() -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1) * 0.125, dim=-1) @ v
+
+    def int8() -> Tensor:
+        weights = torch.softmax(hb.ops.attention_scores_int8(q, k) * 0.125, dim=-1)
+        return hb.ops.attention_values_int8(weights, v)
+
+    yield Contender("torch float32, fused", lambda: nn.functional.scaled_dot_product_attention(q, k, v), TOLERANCE[8])
+    yield Contender("torch float32, separate", separate, TOLERANCE[8])
+    yield Contender("int8 scores and values", int8, TOLERANCE[8])
+
+
 def check_outputs(contenders: list[Contender]) -> None:
     """First call of each, all on the same input.
 
@@ -152,18 +176,21 @@ def measure(case: str, contenders: list[Contender], seconds: float) -> Iterator[
 def cases(parts: list[str]) -> Iterator[tuple[str, list[Contender]]]:
     """Cases one after another, so that only one holds memory."""
     if "lstm" in parts:
-        for hidden, batch in LSTM_CASES:
-            yield f"lstm h{hidden} batch {batch}", list(lstm_contenders(hidden, batch))
+        for case, sizes in LSTM_CASES.items():
+            yield case, list(lstm_contenders(*sizes))
     if "bag" in parts:
         for bits in (8, 4, 2):
             yield f"bag {bits}-bit", list(bag_contenders(bits))
+    if "attention" in parts:
+        for batch, length in ATTENTION_CASES:
+            yield f"attention batch {batch} length {length}", list(attention_contenders(batch, length))
 
 
 def main() -> None:
     """Prints the table and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parts", type=lambda s: s.split(","), default=["lstm", "bag"])
+    parser.add_argument("--parts", type=lambda s: s.split(","), default=["lstm", "bag", "attention"])
     parser.add_argument("--seconds", type=float, default=2.0, help="for all contenders of one case")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()

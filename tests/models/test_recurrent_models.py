@@ -42,18 +42,21 @@ def test_voice_activity_is_decided_as_before(shared_data: Path) -> None:
     def forward(model: silero.VoiceActivity, batch: Tensor) -> None:
         silero.probabilities(model, batch)
 
+    asymmetric = hb.int8_dynamic(symmetric=False)
     cases = (
         (hb.int8_dynamic(), [], None, 0.03),
         (hb.int8_dynamic(), [hb.algorithms.GPTQ()], None, 0.02),
-        (hb.int8_dynamic(symmetric=False), [], hb.fp16(), 0.02),
+        (asymmetric, [], None, 0.02),
+        (asymmetric, [], hb.fp16(), 0.02),  # the recipe of the guide
     )
     for scheme, algorithms, convolutions, bound in cases:
         quantized = copy.deepcopy(model)
-        data = [chunks[:400]] if algorithms else None
+        # Calibrated on the last 400 chunks, measured on those before.
+        data, measured = ([chunks[-400:]], len(chunks) - 400) if algorithms else (None, len(chunks))
         # The spectrum that conv1 reads spans more than 8 bits.
         recipe = hb.Recipe(default=scheme, overrides={nn.Conv1d: convolutions})
         hb.quantize_(quantized, recipe, data, algorithms, progress=False, forward=forward)
         assert isinstance(quantized.lstm_cell, hb.nn.QuantizedLSTMCell)
-        after = silero.probabilities(quantized, chunks)
-        assert (after - expected).abs().max().item() < bound
-        assert ((after > 0.5) == (expected > 0.5)).float().mean().item() >= 0.995
+        after, before = silero.probabilities(quantized, chunks)[:measured], expected[:measured]
+        assert (after - before).abs().max().item() < bound
+        assert ((after > 0.5) == (before > 0.5)).float().mean().item() >= 0.995

@@ -205,14 +205,48 @@ def test_cell_equals_the_reference_bit_for_bit(kind: type[nn.Module], cell: str,
     assert states_of(module(x))[0].shape == (3, 20)
 
 
-@pytest.mark.parametrize("scheme", [hb.bf16(), hb.fp16()], ids=str)
+@pytest.mark.parametrize(("scheme", "bound"), [(hb.bf16(), 0.01), (hb.fp16(), 0.001)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "settings"),
+    [
+        ("gru", {"num_layers": 2}),
+        ("rnn_relu", {"bidirectional": True}),
+        ("lstm", {"bidirectional": True, "batch_first": True}),
+        ("lstm", {"proj_size": 8}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @torch.no_grad()
-def test_sixteen_bit_floats(scheme: hb.Scheme) -> None:
-    reference = float_rnn("gru", num_layers=2)
+def test_sixteen_bit_floats(
+    cell: str, settings: dict[str, object], bias: bool, scheme: hb.Scheme, bound: float
+) -> None:
+    reference = float_rnn(cell, bias=bias, **settings)
     rnn = quantized(reference, scheme)
     x = torch.randn(6, 2, 24)
-    output, expected = rnn(x)[0], reference(x)[0]
-    assert ((output - expected).norm() / expected.norm()).item() < 0.01
+    hx = reference(x)[1]
+    lengths = [2, 2, 1, 2, 1, 1] if reference.batch_first else [4, 6]
+    packed = pack_padded_sequence(x, lengths, reference.batch_first, enforce_sorted=False)
+    for given in ((x,), (x, hx), (packed,)):
+        output, state = rnn(*given)
+        expected, expected_state = reference(*given)
+        if isinstance(output, PackedSequence):
+            output, expected = output.data, expected.data
+        pairs = [(output, expected), *zip(states_of(state), states_of(expected_state), strict=True)]
+        for result, wanted in pairs:
+            assert result.dtype == torch.float32
+            assert ((result - wanted).norm() / wanted.norm()).item() < bound * (2 if rnn.proj_size else 1)
+
+
+@torch.no_grad()
+def test_sixteen_bit_floats_call_hooks_of_their_parts() -> None:
+    rnn = quantized(float_rnn("lstm"), hb.bf16())
+    x = torch.randn(6, 2, 24)
+    expected = rnn(x)[0]
+    seen: list[torch.Size] = []
+    rnn.hh_l0.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.allclose(rnn(x)[0], expected, atol=0.02)
+    assert seen == [torch.Size([2, 4 * 32])] * 6
 
 
 @torch.no_grad()

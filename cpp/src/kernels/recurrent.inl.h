@@ -38,7 +38,7 @@ inline void step_units(const CellStep& s, int64_t row, int64_t unit, int64_t cou
   if constexpr (kCell == Cell::kLstm) {
     const Lanes c = sigmoid(gate(1)) * load_first(s.c + at, count) + sigmoid(gate(0)) * tanh(gate(2));
     store_first(s.c + at, c, count);
-    state = sigmoid(gate(3)) * tanh(c);
+    state = sigmoid(gate(3));  // times tanh(c), by finish_units
   } else if constexpr (kCell == Cell::kGru) {
     const Lanes n = tanh(x_gate(2) + sigmoid(gate(0)) * h_gate(2));
     state = n + sigmoid(gate(1)) * (load_first(s.h + at, count) - n);
@@ -50,11 +50,23 @@ inline void step_units(const CellStep& s, int64_t row, int64_t unit, int64_t cou
   store_first(s.y + at, state, count);
 }
 
+// An LSTM's h' = o * tanh(c'), where y holds o. Apart from the rest, because tanh has to wait for c': with both in one
+// loop, the latency of one unit after another is what a step takes.
+inline void finish_units(const CellStep& s, int64_t row, int64_t unit, int64_t count) {
+  const int64_t at = row * s.hidden + unit;
+  store_first(s.y + at, load_first(s.y + at, count) * tanh(load_first(s.c + at, count)), count);
+}
+
 template <Cell kCell>
 void step_rows(const CellStep& step, int64_t rows, int64_t unit_begin, int64_t unit_end) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t unit = unit_begin; unit < unit_end; unit += kLanes) {
       step_units<kCell>(step, row, unit, std::min(kLanes, unit_end - unit));
+    }
+    if constexpr (kCell == Cell::kLstm) {
+      for (int64_t unit = unit_begin; unit < unit_end; unit += kLanes) {
+        finish_units(step, row, unit, std::min(kLanes, unit_end - unit));
+      }
     }
   }
 }

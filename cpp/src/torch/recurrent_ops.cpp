@@ -22,6 +22,7 @@ namespace halfbyte::ops {
 namespace {
 
 constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread reads in a step at least, counted once every 4 rows
+constexpr int64_t kTilesAtOnce = 2;       // of units, whose gates follow their products
 constexpr int64_t kCellGrain = 1 << 14;   // units that a thread takes at least where only gates are computed
 
 Cell cell_of(int64_t cell) {
@@ -327,33 +328,43 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(Tensor x_gates, Tensor h0, Optional
     if (going_on > 0) own.read(output_of(i - 1), 0, going_on);
     own.read(floats(first), going_on, steps[i].rows);
   };
-  const auto run_units = [&](int64_t i, int64_t chunk, int64_t member) {
-    RowsProduct& own = gate_products[static_cast<size_t>(member)];
+  // Units [begin, end) of step i: their products, gate by gate, and their gates.
+  const auto run_tiles = [&](int64_t i, RowsProduct& own, int64_t begin, int64_t end) {
     const int64_t rows = steps[i].rows, going_on = steps.going_on(i);
-    const int64_t unit_begin = tiles * chunk / chunks * unit_tile;
-    const int64_t unit_end = std::min(tiles * (chunk + 1) / chunks * unit_tile, hidden);
-    if (chunks == 1) {
+    const float* x_rows = floats(x) + steps[i].offset * columns;
+    if (end - begin == hidden) {
       own.multiply(rows, 0, shape.panels(), product, stride);
     } else {
-      // Every other step begins with the gate that the one before ended with: its weights are still in the cache.
       for (int64_t g = 0; g < gates; ++g) {
         const int64_t gate = i % 2 == 0 ? g : gates - 1 - g;
-        own.multiply(rows, (gate * hidden + unit_begin) / kPanel, (gate * hidden + unit_end) / kPanel, product, stride);
+        own.multiply(rows, (gate * hidden + begin) / kPanel, (gate * hidden + end) / kPanel, product, stride);
       }
     }
-    const auto apply = [&](const float* before, int64_t begin, int64_t end) {
-      const CellStep step = {.x_gates = floats(x) + (steps[i].offset + begin) * columns,
-                             .h_gates = product + begin * stride,
+    const auto apply = [&](const float* before, int64_t row, int64_t row_end) {
+      const CellStep step = {.x_gates = x_rows + row * columns,
+                             .h_gates = product + row * stride,
                              .x_stride = columns,
                              .h_stride = stride,
                              .hidden = hidden,
-                             .h = before + begin * width,
-                             .c = c_data == nullptr ? nullptr : c_data + begin * hidden,
-                             .y = (projection ? unprojected_h : output_of(i)) + begin * hidden};
-      step_cell(cell, step, end - begin, unit_begin, unit_end);
+                             .h = before + row * width,
+                             .c = c_data == nullptr ? nullptr : c_data + row * hidden,
+                             .y = (projection ? unprojected_h : output_of(i)) + row * hidden};
+      step_cell(cell, step, row_end - row, begin, end);
     };
     if (going_on > 0) apply(output_of(i - 1), 0, going_on);
     if (going_on < rows) apply(floats(first), going_on, rows);
+  };
+  // Few rows are bound by reading the weights: some tiles at a time, every other step backwards, since what the step
+  // before read last is still in the cache. More rows go through blocks of weights, which ask for those that follow.
+  const auto run_units = [&](int64_t i, int64_t chunk, int64_t member) {
+    RowsProduct& own = gate_products[static_cast<size_t>(member)];
+    const int64_t tile_begin = tiles * chunk / chunks, tile_end = tiles * (chunk + 1) / chunks;
+    const int64_t count = steps[i].rows <= kernels().matmul.rows_per_tile ? kTilesAtOnce : tile_end - tile_begin;
+    for (int64_t done = tile_begin; done < tile_end; done += count) {
+      const int64_t next = std::min(done + count, tile_end);
+      const int64_t begin = i % 2 == 0 ? done : tile_begin + tile_end - next;
+      run_tiles(i, own, begin * unit_tile, std::min((begin + next - done) * unit_tile, hidden));
+    }
   };
   if (projection) {
     const int64_t panels = projection->get().shape.panels();

@@ -2,13 +2,12 @@
 
 `gates = ih(x) + hh(h)`, each with its own bias, as PyTorch defines them; the gates' functions are in float32. `ih` runs once
 for a whole sequence. Where `hh` has integer weights, all steps run in one operator, which quantizes the hidden state per token
-where the scheme says so, and the projection's input; otherwise (float or 16-bit parts) they run one by one in Python, with the
-same integers.
+where the scheme says so, and the projection's input. Layers of 16-bit floats are computed by torch; what is mixed, step after
+step in Python, with the same integers (recurrent_steps.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -18,44 +17,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from halfbyte import ops
 from halfbyte.nn.as_layers import as_linear
-from halfbyte.nn.linear import QuantizedLinear
-from halfbyte.nn.trained_parts import for_steps, run_parts
+from halfbyte.nn.linear import HalfLinear, QuantizedLinear
+from halfbyte.nn.recurrent_steps import in_torch, run_in_torch, run_steps, step
+from halfbyte.nn.trained_parts import run_parts
 from halfbyte.ops import Cell
-
-
-def cell_step(
-    cell: Cell, x_gates: Tensor, h_gates: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """New hidden and cell state from both halves of the gates, in plain torch.
-
-    Args:
-        cell: Which equations; gates in PyTorch's order.
-        x_gates: `[B, gates * H]`, input half.
-        h_gates: `[B, gates * H]`, hidden half.
-        h: `[B, H]`, hidden state before; only a GRU reads it.
-        c: `[B, H]`, cell state before, of an LSTM.
-    """
-    if cell == "lstm":
-        assert c is not None
-        i, f, g, o = (x_gates + h_gates).chunk(4, dim=-1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
-    if cell == "gru":
-        xr, xz, xn = x_gates.chunk(3, dim=-1)
-        hr, hz, hn = h_gates.chunk(3, dim=-1)
-        n = torch.tanh(xn + torch.sigmoid(xr + hr) * hn)
-        return n + torch.sigmoid(xz + hz) * (h - n), None
-    gates = x_gates + h_gates
-    return (torch.tanh(gates) if cell == "rnn_tanh" else torch.relu(gates)), None
-
-
-def _step(
-    cell: Cell, x_gates: Tensor, hh: Callable[[Tensor], Tensor], h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """One step; with the operators' gate functions where the hidden weights are integers."""
-    if isinstance(hh, QuantizedLinear):
-        return ops.recurrent_cell(x_gates, hh(h), h if cell == "gru" else c, cell=cell)
-    return cell_step(cell, x_gates, hh(h), h, c)
 
 
 class QuantizedRecurrent(nn.Module):
@@ -193,6 +158,10 @@ class QuantizedRecurrent(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Output and new state."""
         dtype = x.dtype
+        if in_torch(ih, hh, hr) and (batch_sizes is None or not reverse):
+            assert isinstance(ih, HalfLinear) and isinstance(hh, HalfLinear) and isinstance(hr, HalfLinear | None)
+            results = run_in_torch(self.cell, ih, hh, hr, x, state, batch_sizes, reverse=reverse)
+            return tuple(result.to(dtype) for result in results)
         if isinstance(hh, QuantizedLinear):  # integers between float32 gates, whatever the dtype outside
             x, state = x.float(), tuple(s.float() for s in state)
         x_gates = ih(x)
@@ -220,7 +189,7 @@ class QuantizedRecurrent(nn.Module):
                 projection=None if hr is None else _projection(hr),
             )
         else:
-            output, h, c = _run_steps(self.cell, x_gates, hh, hr, h, c, batch_sizes, reverse=reverse)
+            output, h, c = run_steps(self.cell, x_gates, hh, hr, h, c, batch_sizes, reverse=reverse)
         return output.to(dtype), *(s.to(dtype) for s in (h, c) if s is not None)
 
     def _part(self, name: str) -> nn.Module:
@@ -265,35 +234,6 @@ def _projection(hr: QuantizedLinear) -> ops.Projection:
         codebook=hr.codebook,
         asymmetric=hr.scheme.asymmetric_rows,
     )
-
-
-def _run_steps(
-    cell: Cell,
-    x_gates: Tensor,
-    hh: nn.Module,
-    hr: nn.Module | None,
-    h: Tensor,
-    c: Tensor | None,
-    batch_sizes: Tensor | None,
-    *,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The steps one after another; step t of a packed sequence has the first `batch_sizes[t]` rows, others keep their state."""
-    steps = list(x_gates.unbind(0)) if batch_sizes is None else list(torch.split(x_gates, batch_sizes.tolist()))
-    outputs: list[Tensor] = []
-    hidden, projection = for_steps(hh), None if hr is None else for_steps(hr)
-    for gates in reversed(steps) if reverse else steps:
-        rows = gates.shape[0]
-        new_h, new_c = _step(cell, gates, hidden, h[:rows], None if c is None else c[:rows])
-        if projection is not None:
-            new_h = projection(new_h)
-        outputs.append(new_h)
-        h = new_h if rows == h.shape[0] else torch.cat((new_h, h[rows:]))
-        if c is not None and new_c is not None:
-            c = new_c if rows == c.shape[0] else torch.cat((new_c, c[rows:]))
-    if reverse:
-        outputs.reverse()
-    return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h, c
 
 
 class QuantizedLSTM(QuantizedRecurrent):
@@ -376,7 +316,7 @@ class _QuantizedCell(nn.Module):
             x, (h, *rest) = input, before
             if isinstance(hh, QuantizedLinear):
                 x, h, rest = x.float(), h.float(), [c.float() for c in rest]
-            new = _step(self.cell, ih(x), hh, h, rest[0] if rest else None)
+            new = step(self.cell, ih(x), hh, h, rest[0] if rest else None)
             return tuple(state.to(dtype) for state in new if state is not None)
 
         return run_parts(run, self.ih, self.hh)
@@ -434,11 +374,11 @@ class QuantizedRNNCell(QuantizedGRUCell):
 
 
 def _check_batch_sizes(name: str, sizes: list[int], rows: int) -> None:
-    for step, (before, size) in enumerate(pairwise([*sizes[:1], *sizes])):
+    for index, (before, size) in enumerate(pairwise([*sizes[:1], *sizes])):
         if not 1 <= size <= before:
             raise ValueError(
-                f"{name}: batch_sizes[{step}]={size} of the packed sequence is not in 1..{before}; every sequence has at least "
-                "one step, and sizes do not grow"
+                f"{name}: batch_sizes[{index}]={size} of the packed sequence is not in 1..{before}; every sequence has at "
+                "least one step, and sizes do not grow"
             )
     if sum(sizes) != rows:
         raise ValueError(f"{name}: batch_sizes of the packed sequence add up to {sum(sizes)}, its data has {rows} rows")
