@@ -54,8 +54,8 @@ class Case:
 CASES = {
     "4 bits": Case(hb.int_weight_only(4, 32), 80, 5e-5),
     "3 bits": Case(hb.int_weight_only(3, 32), 300, 2e-4),
-    "2 bits": Case(hb.int_weight_only(2, 32), 1200, 5e-4),
-    "2 bits, down_proj 3 bits": Case(hb.int_weight_only(2, 64), 1200, 5e-4, hb.int_weight_only(3, 64)),
+    "2 bits": Case(hb.int_weight_only(2, 32), 800, 5e-4),
+    "2 bits, down_proj 3 bits": Case(hb.int_weight_only(2, 64), 800, 5e-4, hb.int_weight_only(3, 64)),
     "2 bits, no zero points": Case(hb.codebook_weight_only((-0.75, -0.25, 0.25, 0.75), 32), 300, 5e-4),
     "ternary": Case(hb.ternary_weight_only(32), 300, 5e-4),
 }
