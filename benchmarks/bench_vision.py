@@ -57,7 +57,11 @@ def accuracy(root: Path, name: str, chosen: list[str], images: int | None) -> It
         scheme, algorithms = VARIANTS[variant]
         quantized = copy.deepcopy(model)
         start = time.perf_counter()
-        hb.quantize_(quantized, scheme(), batches, algorithms(), progress=False, on_fallback="allow")
+        try:
+            hb.quantize_(quantized, scheme(), batches, algorithms(), progress=False, on_fallback="allow")
+        except hb.QuantizationError as error:  # too little data for GPTQ, say
+            print(f"{name}, {variant}: {error}", flush=True)
+            continue
         seconds = time.perf_counter() - start
         found = vision.logits(quantized, data.images)
         now = found.argmax(1) == data.labels

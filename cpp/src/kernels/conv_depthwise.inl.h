@@ -147,25 +147,44 @@ HALFBYTE_INLINE void finish_pixel(const DepthwiseBlock& block, const ConvResults
 
 constexpr int kLinePixels = 4;  // outputs that share the weights in registers
 
-template <int Pixels>
+// Taps: columns of a kernel of at most four lines that are known when compiling; 0: any kernel.
+template <int Pixels, int Taps>
 void line_pixels(const ConvShape& s, const DepthwiseSizes& sizes, const DepthwiseBlock& block, const uint8_t* line,
                  const ConvResults& y, float act_scale, bool has_bias, int64_t ox, int64_t pixel) {
   I32x16 sums[Pixels][4];
   const int64_t steps = sizes.quads * kLineBytes;
+  const auto add = [&](auto v, const uint8_t* column, const uint8_t* weights) __attribute__((always_inline)) {
+    const QuadWeights w = load_quad_weights(weights);
+    unroll<Pixels>([&](auto p) { sums[p][v] = dot_quads(sums[p][v], load_row(column + p * s.stride[2] * steps), w); });
+  };
   unroll<4>([&](auto v) {
     unroll<Pixels>([&](auto p) { sums[p][v] = load_i32(block.start[v]); });
-    for (int64_t kx = 0; kx < s.kernel[2]; ++kx) {
-      const uint8_t* column = line + (ox * s.stride[2] + kx * s.dilation[2]) * steps + v * 64;
-      const uint8_t* weights = block.weights + kx * steps + v * 64;
-      for (int64_t quad = 0; quad < sizes.quads; ++quad) {
-        const QuadWeights w = load_quad_weights(weights + quad * kLineBytes);
-        unroll<Pixels>([&](auto p) {
-          sums[p][v] = dot_quads(sums[p][v], load_row(column + p * s.stride[2] * steps + quad * kLineBytes), w);
-        });
+    const uint8_t* column = line + ox * s.stride[2] * steps + v * 64;
+    const uint8_t* weights = block.weights + v * 64;
+    if constexpr (Taps > 0) {
+      unroll<Taps>([&](auto kx) { add(v, column + kx * s.dilation[2] * kLineBytes, weights + kx * kLineBytes); });
+    } else {
+      for (int64_t kx = 0; kx < s.kernel[2]; ++kx, column += s.dilation[2] * steps, weights += steps) {
+        for (int64_t quad = 0; quad < sizes.quads; ++quad) {
+          add(v, column + quad * kLineBytes, weights + quad * kLineBytes);
+        }
       }
     }
   });
   unroll<Pixels>([&](auto p) { finish_pixel(block, y, act_scale, has_bias, pixel + p, sums[p]); });
+}
+
+template <int Taps>
+void depthwise_line(const ConvShape& s, const DepthwiseSizes& sizes, const DepthwiseBlock& block, const uint8_t* line,
+                    const ConvResults& results, float act_scale, bool has_bias, int64_t pixel) {
+  const ConvResults y = results;  // a copy, so that the compiler knows that stores of codes do not change it
+  int64_t ox = 0;
+  for (; ox + kLinePixels <= s.out[2]; ox += kLinePixels) {
+    line_pixels<kLinePixels, Taps>(s, sizes, block, line, y, act_scale, has_bias, ox, pixel + ox);
+  }
+  for (; ox < s.out[2]; ++ox) {
+    line_pixels<1, Taps>(s, sizes, block, line, y, act_scale, has_bias, ox, pixel + ox);
+  }
 }
 
 void depthwise_lines(const ConvShape& s, const TiledWeight& w, const ConvInput& x, const ConvResults& y, int64_t sample,
@@ -178,6 +197,7 @@ void depthwise_lines(const ConvShape& s, const TiledWeight& w, const ConvInput& 
   auto* unpacked = scratch.take<uint8_t>(kMaxPanels * w.shape.padded_in() * kPanel);
   const int8_t* codes = x.codes + sample * s.in_pixels() * s.in_channels;
   const float act_scale = x.scale[sample];
+  const auto multiply = sizes.quads == 1 && s.kernel[2] == 3 ? depthwise_line<3> : depthwise_line<0>;
   for (int64_t channel = channel_begin; channel < channel_end; channel += kLineChannels) {
     DepthwiseBlock block;
     block.end = x.codes + s.batch * s.in_pixels() * s.in_channels;
@@ -185,13 +205,7 @@ void depthwise_lines(const ConvShape& s, const TiledWeight& w, const ConvInput& 
     for (int64_t oy = line_begin; oy < line_end; ++oy) {
       zip_line(s, sizes, codes, x.zero_point, block, oy, line);
       const int64_t pixel = sample * s.out_pixels() + oy * s.out[2];
-      int64_t ox = 0;
-      for (; ox + kLinePixels <= s.out[2]; ox += kLinePixels) {
-        line_pixels<kLinePixels>(s, sizes, block, line, y, act_scale, bias != nullptr, ox, pixel + ox);
-      }
-      for (; ox < s.out[2]; ++ox) {
-        line_pixels<1>(s, sizes, block, line, y, act_scale, bias != nullptr, ox, pixel + ox);
-      }
+      multiply(s, sizes, block, line, y, act_scale, bias != nullptr, pixel);
     }
   }
 }

@@ -8,6 +8,7 @@ rounding of `x`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -220,23 +221,43 @@ def _geometry(
 ) -> ConvGeometry:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; pass a torch.Tensor")
-    dims = x.dim() - 2
-    if not 1 <= dims <= 3:
+    if not 3 <= x.dim() <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}; it needs [N, C, ...] with 1 to 3 spatial dimensions")
+    make = _make_geometry if torch.compiler.is_compiling() else _known_geometry
+    given = (kernel_size, stride, padding, dilation, output_padding)
+    sizes = [size if isinstance(size, int) else tuple(size) for size in given]
+    g = make(x.dim() - 2, x.shape[1], out_channels, groups, transposed, *sizes)
+    if min(g.output_size(x.shape[2:])) < 1 and min(x.shape[2:]) > 0:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} is too small for kernel_size={g.kernel_size}, dilation={g.dilation}, "
+            f"padding={g.padding}"
+        )
+    return g
 
+
+def _make_geometry(
+    dims: int,
+    in_channels: int,
+    out_channels: int,
+    groups: int,
+    transposed: bool,
+    kernel_size: IntOrSizes,
+    stride: IntOrSizes,
+    padding: IntOrSizes,
+    dilation: IntOrSizes,
+    output_padding: IntOrSizes,
+) -> ConvGeometry:
     def sizes(value: IntOrSizes, name: str) -> tuple[int, ...]:
         if isinstance(value, int):
             return (value,) * dims
         if len(value) != dims:
-            raise ValueError(
-                f"{name}={tuple(value)} has {len(value)} entries; x of shape {tuple(x.shape)} needs {dims}"
-            )
+            raise ValueError(f"{name}={tuple(value)} has {len(value)} entries; x needs {dims}, one a spatial dimension")
         return tuple(value)
 
     if isinstance(padding, int) or len(padding) != 2 * dims:
         padding = sizes(padding, "padding") * 2
-    g = ConvGeometry(
-        in_channels=x.shape[1],
+    return ConvGeometry(
+        in_channels=in_channels,
         out_channels=out_channels,
         kernel_size=sizes(kernel_size, "kernel_size"),
         stride=sizes(stride, "stride"),
@@ -246,12 +267,9 @@ def _geometry(
         groups=groups,
         transposed=transposed,
     )
-    if min(g.output_size(x.shape[2:])) < 1 and min(x.shape[2:]) > 0:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} is too small for kernel_size={g.kernel_size}, dilation={g.dilation}, "
-            f"padding={g.padding}"
-        )
-    return g
+
+
+_known_geometry = lru_cache(maxsize=1024)(_make_geometry)  # checks cost 5 us a call
 
 
 def _check_operands(
