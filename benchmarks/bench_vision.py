@@ -28,6 +28,7 @@ _PER_TENSOR = "int8 static, one scale a weight"
 VARIANTS: dict[str, tuple[Callable[[], hb.Scheme], Callable[[], list[object]]]] = {
     "int8 static": (hb.int8_static, list),
     "int8 static, not corrected": (hb.int8_static, lambda: [hb.RTN()]),
+    "int8 static, bias corrected only": (hb.int8_static, lambda: [_CORRECT(), hb.RTN()]),
     "int8 static, GPTQ, corrected": (hb.int8_static, lambda: [_CORRECT(), hb.GPTQ()]),
     _PER_TENSOR: (lambda: hb.int8_static(per_channel=False), lambda: [hb.RTN()]),
     f"{_PER_TENSOR}, equalized": (lambda: hb.int8_static(per_channel=False), lambda: [_EQUALIZE(), hb.RTN()]),
