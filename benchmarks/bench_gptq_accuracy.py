@@ -27,7 +27,7 @@ import halfbyte as hb
 from halfbyte.calibration import InputStatistics
 from models import ggml_types, llama, output
 
-SEARCH_BATCHES = 1  # of eight windows
+SEARCH_WINDOWS = 2  # to measure on: there are 300 measurements, each of a difference that shows
 TEXTBOOK = {"error_feedback": 0.0, "polish": 0}
 METHODS: dict[str, Callable[[], object]] = {
     "RTN": lambda: hb.algorithms.RTN(),
@@ -214,7 +214,7 @@ def main() -> None:
             )
     if arguments.searched:
         weights = sum(layer.weight.numel() for layer in layers_of(model).values())
-        table = gptq_mixtures.sensitivities(model, calibration[:SEARCH_BATCHES], arguments.cache)
+        table = gptq_mixtures.sensitivities(model, [calibration[0][:SEARCH_WINDOWS]], arguments.cache)
         for bits in arguments.searched:
             found = gptq_mixtures.mixture(table, weights, bits)
             add(f"searched, at most {bits:.3f} bits: GPTQ", quantized(model, hb.GPTQ(), found, list(calibration)))

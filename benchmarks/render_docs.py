@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bench_gptq
 import bench_gptq_accuracy
+import bench_gptq_convolutions
 import bench_language_model
 import bench_outliers
 import bench_sentence_encoder
@@ -30,6 +31,7 @@ TABLES: dict[tuple[str, str], Callable[[dict[str, dict[str, object]]], str]] = {
     ("lm", "text"): bench_language_model.text_list,
     ("lm", "speed"): bench_language_model.speed_table,
     ("lm", "layers"): bench_gptq.layers_table,
+    ("lm", "convolutions"): bench_gptq_convolutions.convolutions_table,
     ("lm", "sizing"): bench_sizing.sizing_table,
     ("lm", "outliers"): bench_outliers.outliers_table,
     ("lm", "qat-language"): qat_tables.language_table,
