@@ -267,10 +267,13 @@ def test_damaged_programs_are_errors() -> None:
     (program,) = (m for m in hb.lower(model, images()).modules() if type(m).__name__ == "Program")
     constants = [program._buffers[name] for name in program._names]
     generator = torch.Generator().manual_seed(0)
+    damaged = [program.steps[:end] for end in range(len(program.steps))]
     for _ in range(300):
         steps = program.steps.clone()
         at = int(torch.randint(len(steps), (1,), generator=generator))
         steps[at] = int(torch.randint(-3, 3000, (1,), generator=generator)) << int(steps[at] % 3 * 20)
+        damaged.append(steps)
+    for steps in damaged:
         try:  # what still fits may run
             hb.ops.run_program(
                 [images(1)], constants, steps, program.numbers, arena=program.arena, outputs=program.outputs

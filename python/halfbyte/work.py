@@ -1,4 +1,4 @@
-"""What a quantization will take: peak memory from shapes, time from shapes and rates measured here in about a second.
+"""What a quantization will take: peak memory from shapes, time from shapes and rates measured here in a second or two.
 
 The times assume that layers of one parent with as many inputs read the same tensor (as q, k and v do), that every block runs
 once for each such input and once at the end, and that a rate found on a small layer holds for a large one.
@@ -44,7 +44,7 @@ class Rates:
 
 
 def measure_rates(rounding: Rounding, weight_format: PackedFormat, dtype: torch.dtype = torch.float32) -> Rates:
-    """Runs each kind of work once on a small layer, after a shorter run that loads what it needs."""
+    """Runs each kind of work a few times on a small layer."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * _SIZE, _SIZE, generator=generator)
     weight = torch.randn(_SIZE, _SIZE, generator=generator)
@@ -70,10 +70,14 @@ def _solve(rounding: HessianRounding, weight: torch.Tensor, weight_format: Packe
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """The shortest of a few runs, so that what else the machine does counts as little as can be."""
     run()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def predict(model: nn.Module, made: Plan, algorithms: Sequence[object], tokens: int) -> Work:

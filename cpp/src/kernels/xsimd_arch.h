@@ -147,7 +147,8 @@ struct Lanes {
 #if defined(__SSE2__)
 #if defined(__AVX512BW__)
   const __m512 all = lanes.batch[0];
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #elif defined(__AVX2__)
   const __m256 eight = lanes.batch[0] + lanes.batch[1];

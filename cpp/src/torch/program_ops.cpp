@@ -28,6 +28,7 @@ class Program {
           const Tensor& numbers, int64_t arena, const std::vector<int64_t>& outputs)
       : inputs_(inputs), constants_(constants), arena_bytes_(arena) {
     check(!inputs.empty() && inputs[0].dim() >= 1, "a program needs an input with a batch dimension");
+    check(arena >= 0 && arena < (int64_t{1} << 40), "a program has an arena of ", arena, " bytes");
     batch_ = inputs[0].size(0);
     for (const Tensor& input : inputs) {
       check_type(input, ScalarType::Float, "an input");
@@ -49,7 +50,7 @@ class Program {
     constexpr int64_t kKeptArena = 64 << 20;
     thread_local LocalBuffer kept;
     LocalBuffer large;
-    const int64_t bytes = batch_ * check_size(arena_bytes_) + 64;
+    const int64_t bytes = batch_ * arena_bytes_ + 64;
     arena_ = (bytes <= kKeptArena ? kept : large).get(bytes);
     while (step_ < step_end_) {
       switch (static_cast<Step>(next())) {
@@ -86,8 +87,9 @@ class Program {
   }
 
  private:
+  // Small enough that the bytes of an image, pixels * channels * 4, do not overflow.
   static int64_t check_size(int64_t size) {
-    check(size >= 0 && size < (int64_t{1} << 40), "a program has the size ", size);
+    check(size >= 0 && size < (int64_t{1} << 28), "a program has the size ", size);
     return size;
   }
   int64_t next() {
@@ -106,6 +108,7 @@ class Program {
   }
   OptionalTensor next_optional() {
     OptionalTensor tensor;
+    check(step_ < step_end_, "a program ends inside a step");
     if (*step_ >= 0) {
       tensor.emplace(next_constant());
     } else {
