@@ -19,7 +19,8 @@ class LaneSums {
     // Quarter k of the result has the rows 4 * k .. 4 * k + 3, one from each of four registers that hold four rows.
     const __m512 first = added<0x44, 0xee>(four_rows(0), four_rows(1));
     const __m512 second = added<0x44, 0xee>(four_rows(2), four_rows(3));
-    _mm512_storeu_ps(sums_, added<0x88, 0xdd>(first, second));
+    const __m512 all = added<0x88, 0xdd>(first, second);
+    _mm512_storeu_ps(sums_, all);
     sums_ += kLanes;
     count_ = 0;
   }
